@@ -1,0 +1,1 @@
+"""With nodes/, the only room that knows ComfyUI."""

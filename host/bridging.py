@@ -1,0 +1,62 @@
+"""Takes a bridge by name to a bridged CLIP, with every check before the first weight is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ops
+
+from ..bridges.errors import BridgeError
+from ..bridges.file import BridgeHeader, load_bridge
+from ..encoders.file import load_encoder
+from ..prompt import MODES
+from . import folders
+from .base import NAMES, Base, base_of
+from .clip import BridgedClip, Speech
+from .tower import NativeTower, tower_dtype
+
+
+def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -> BridgedClip:
+    """A bridged clone of `clip`.
+
+    name: a bridge of the folders; strength: weight of the native text, > 0; route: one of `prompt.MODES`. BridgeError, in words
+    and before sampling, when base, bridge and text tower do not belong together or a file is damaged or missing.
+    """
+    if route not in MODES:
+        raise BridgeError("There is no such route.", repr(route), " or ".join(MODES), "Choose one of the list.")
+    base = base_of(model, clip)
+    path = folders.bridge_path(name)
+    header = folders.bridge_header(path)
+    _check(header, base, name)
+    ops, dtype = comfy.ops.manual_cast, tower_dtype()
+    loaded = load_bridge(path, ops=ops, dtype=dtype)
+    encoder = loaded.encoder
+    if encoder is None:
+        encoder = load_encoder(folders.encoder_path(header.encoder, name), ops=ops, dtype=dtype)
+    tower = NativeTower(encoder, loaded.bridge)
+    return BridgedClip.over(clip, Speech(tower, route, strength, base, name))
+
+
+def _check(header: BridgeHeader, base: Base, name: str) -> None:
+    if header.base != base.name:
+        raise BridgeError(
+            f"The bridge {name} is not made for this checkpoint.",
+            f"a bridge for {NAMES[header.base]} in front of a checkpoint of {NAMES[base.name]}",
+            f"a bridge for {NAMES[base.name]}",
+            f"Choose a bridge for {NAMES[base.name]}, or load a checkpoint of {NAMES[header.base]}.",
+        )
+    if header.unet != "none":
+        raise BridgeError(
+            f"The bridge {name} also changes the U-Net, which this version cannot do.",
+            f"U-Net part {header.unet!r}",
+            "a bridge that leaves the U-Net alone (U-Net part 'none')",
+            "Update Language Bridge.",
+        )
+    context = header.spec.get("context")
+    if context != base.context:
+        raise BridgeError(
+            f"The bridge {name} speaks to another width.",
+            f"text rows of width {context}",
+            f"text rows of width {base.context}, which {NAMES[base.name]} reads",
+            "Fetch or save the bridge again; its header does not fit its base.",
+        )

@@ -1,0 +1,223 @@
+"""BridgedClip: a real `comfy.sd.CLIP` that hears a second language through a native tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ..bridges.errors import BridgeError
+from ..prompt import Segment, english_prompt, route
+from .base import Base
+from .tower import NativeTower
+
+KEY = "native"
+"""Our entry in the tokens dict, beside the checkpoint's own `l`, `g` or `h`."""
+
+SILENCE = -1
+"""Token of a native chunk that says nothing: the prompt has no native text, so no native rows are made."""
+
+Chunk = list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Speech:
+    """How a BridgedClip speaks: tower, route (one of `prompt.MODES`), strength (weight of the native text), base."""
+
+    tower: NativeTower
+    route: str
+    strength: float
+    base: Base
+    name: str
+
+
+class BridgedClip(comfy.sd.CLIP):
+    """The checkpoint's own CLIP with a native tower beside it.
+
+    `cond_stage_model`, `tokenizer` and `patcher` stay the checkpoint's own objects, so LoRA key maps, clip skip, textual
+    inversion, hooks and saving mean what they always mean. The tokens dict has the checkpoint's own keys (English
+    stream) and `KEY` (native stream). Encoding joins both streams along the token axis, native rows first; a stream that
+    says nothing adds no rows, because the U-Net's cross-attention has no mask and no row is neutral. A prompt that is
+    all English therefore gives exactly what the stock CLIP gives.
+    """
+
+    speech: Speech
+
+    @staticmethod
+    def over(clip: Any, speech: Speech) -> BridgedClip:
+        """A bridged clone of `clip`, which itself stays as it is."""
+        if isinstance(clip, BridgedClip):
+            raise BridgeError(
+                "This CLIP already has a language bridge.",
+                f"a CLIP bridged by {clip.speech.name}",
+                "the checkpoint's own CLIP",
+                "Use one Language Bridge node for each checkpoint: remove one of the two.",
+            )
+        bridged: Any = clip.clone()
+        bridged.__class__ = BridgedClip
+        bridged.speech = speech
+        speech.tower.attach(bridged.patcher)
+        return bridged
+
+    def clone(self, *arguments: Any, **options: Any) -> BridgedClip:
+        """A bridged clone; the native tower is shared, patches are not (stock meaning)."""
+        cloned: Any = super().clone(*arguments, **options)
+        cloned.__class__ = BridgedClip
+        cloned.speech = self.speech
+        return cloned
+
+    def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list[Chunk]]:
+        """Stock tokens of the English stream and, under `KEY`, native chunks of (id, weight[, word id])."""
+        segments = route(text, self.speech.route)
+        native = [segment for segment in segments if segment.stream == "native"]
+        tokens: dict[str, list[Chunk]] = super().tokenize(english_prompt(segments), return_word_ids, **options)
+        chunks = self._chunks(native) if native else [[(SILENCE, 1.0, 0)]]
+        tokens[KEY] = chunks if return_word_ids else [[token[:2] for token in chunk] for chunk in chunks]
+        return tokens
+
+    def encode_from_tokens(self, tokens: Mapping[str, Any], return_pooled: Any = False, return_dict: bool = False) -> Any:
+        """Stock meaning of every argument; both streams are in the context."""
+        native, english = _split(tokens)
+        if native is None:
+            return super().encode_from_tokens(english, return_pooled, return_dict)
+        if self._silent(english) and not self._needs_english_pooled():
+            joined: dict[str, Any] = {"cond": None, "pooled_output": None}
+            self.speech.tower.load()
+            self.add_hooks_to_dict(joined)
+        else:
+            joined = super().encode_from_tokens(english, return_pooled, return_dict=True)
+        self._join(joined, native, english)
+        if return_dict:
+            return joined
+        return (joined["cond"], joined["pooled_output"]) if return_pooled else joined["cond"]
+
+    def encode_from_tokens_scheduled(
+        self, tokens: Mapping[str, Any], unprojected: bool = False, add_dict: Mapping[str, Any] | None = None, **options: Any
+    ) -> list[list[Any]]:
+        """Stock meaning; native rows do not depend on CLIP hooks, so each keyframe gets the same ones."""
+        extra = dict(add_dict or {})
+        native, english = _split(tokens)
+        hooked = self.patcher.forced_hooks is not None and self.use_clip_schedule
+        if native is None or not hooked:
+            # Without a schedule the stock method calls encode_from_tokens, which joins.
+            return super().encode_from_tokens_scheduled(tokens, unprojected, extra, **options)
+        scheduled = super().encode_from_tokens_scheduled(english, unprojected, extra, **options)
+        for entry in scheduled:
+            parts = {"cond": entry[0], "pooled_output": entry[1].get("pooled_output")}
+            self._join(parts, native, english)
+            entry[0] = parts["cond"]
+            entry[1]["pooled_output"] = parts["pooled_output"]
+        return scheduled
+
+    def _chunks(self, segments: Sequence[Segment]) -> list[Chunk]:
+        """Native chunks, each framed to the tower's window: (id, weight, word id), word id 0 for special tokens."""
+        encoder = self.speech.tower.encoder
+        pieces = [(p.id, s.weight) for s in segments for p in encoder.tokenize(s.text)]
+        room = encoder.capacity
+        groups = [pieces[start : start + room] for start in range(0, len(pieces), room)] or [[]]
+        chunks: list[Chunk] = []
+        word = 0
+        for group in groups:
+            ids, _ = encoder.frame([token for token, _ in group])
+            lead = _lead(ids, [token for token, _ in group])
+            chunk: Chunk = []
+            for place, token in enumerate(ids.tolist()):
+                inside = 0 <= place - lead < len(group)
+                word += inside
+                chunk.append((token, group[place - lead][1] if inside else 1.0, word if inside else 0))
+            chunks.append(chunk)
+        return chunks
+
+    def _join(self, parts: dict[str, Any], native: list[Chunk], english: Mapping[str, list[Chunk]]) -> None:
+        """Puts the native rows in front of the English rows in `parts`, and mixes pooled by share of spoken tokens."""
+        context, pooled, spoken = self._speak(native)
+        silent = self._silent(english)
+        if not silent:
+            context = torch.cat([context, parts["cond"].to(context)], dim=1)
+        parts["cond"] = context
+        own = parts["pooled_output"]
+        if pooled is not None and own is not None and own.shape == pooled.shape:
+            share = 1.0 if silent else spoken / max(spoken + self._spoken(english), 1)
+            pooled = share * pooled + (1 - share) * own.to(pooled)
+        parts["pooled_output"] = own if pooled is None else pooled
+
+    def _speak(self, native: list[Chunk]) -> tuple[Tensor, Tensor | None, int]:
+        """Native context [1, N, C], pooled [1, P] of the first chunk, and the number of spoken tokens.
+
+        Weights act as in the stock CLIP, on the rows that stand for the tokens: empty + weight * (row - empty), where
+        empty is the row of the empty prompt at the same place. A bridge whose rows do not stand for tokens gets the mean
+        weight of the chunk for all of its rows.
+        """
+        speech = self.speech
+        encoder = speech.tower.encoder
+        nothing, nothing_mask = encoder.frame([])
+        ids = torch.tensor([[token for token, *_ in chunk] for chunk in native])
+        weights = torch.tensor([[weight for _, weight, *_ in chunk] for chunk in native])
+        word = ~torch.isin(ids, nothing)
+        weights = torch.where(word, weights * speech.strength, weights)
+        weighted = bool((weights != 1.0).any())
+        masks = _masks(ids, nothing, nothing_mask)
+        if weighted:
+            ids, masks = torch.cat([ids, nothing[None]]), torch.cat([masks, nothing_mask[None]])
+        cond = speech.tower.read(ids, masks)
+        rows, pooled = cond.context[: len(native)], None if cond.pooled is None else cond.pooled[:1]
+        if weighted:
+            empty = cond.context[-1:]
+            if rows.shape[1] != weights.shape[1]:
+                counted = word.sum(1).clamp(min=1)
+                weights = (torch.where(word, weights, 0.0).sum(1) / counted)[:, None].expand(-1, rows.shape[1])
+            rows = torch.where(weights[..., None] == 1.0, rows, empty + weights[..., None].to(rows) * (rows - empty))
+            if pooled is not None and cond.pooled is not None and speech.strength != 1.0:
+                pooled = cond.pooled[-1:] + speech.strength * (pooled - cond.pooled[-1:])
+        if not bool(torch.isfinite(rows).all()):
+            raise BridgeError(
+                f"The bridge {speech.name} gave numbers that are not finite.",
+                f"NaN or infinity in the native rows, computed in {speech.tower.patcher.model_dtype()}",
+                "finite numbers",
+                "Start ComfyUI with --fp32-text-enc, or fetch the bridge and its tower again.",
+            )
+        return rows.flatten(0, 1)[None], pooled, int(word.sum())
+
+    def _needs_english_pooled(self) -> bool:
+        return self.speech.base.pooled > 0 and not self.speech.tower.bridge.spec.pooled
+
+    def _silent(self, english: Mapping[str, list[Chunk]]) -> bool:
+        """Whether the English stream says nothing, beside native text."""
+        return self._spoken(english) == 0
+
+    def _spoken(self, english: Mapping[str, list[Chunk]]) -> int:
+        """Number of tokens in the English stream that are not start, end or padding."""
+        key = self.speech.base.keys[-1]
+        nothing = {token for token, *_ in super().tokenize("")[key][0] if isinstance(token, int)}
+        counts = (
+            sum(not isinstance(token, int) or token not in nothing for chunk in english[name] for token, *_ in chunk)
+            for name in self.speech.base.keys
+            if name in english
+        )
+        return max(counts, default=0)
+
+
+def _split(tokens: Mapping[str, Any]) -> tuple[list[Chunk] | None, dict[str, list[Chunk]]]:
+    """Native chunks (None where the prompt has no native text) and the stock tokens without our key."""
+    english = {key: value for key, value in tokens.items() if key != KEY}
+    spoken = [chunk for chunk in tokens.get(KEY) or [] if any(token != SILENCE for token, *_ in chunk)]
+    return spoken or None, english
+
+
+def _lead(framed: Tensor, ids: list[int]) -> int:
+    """How many special tokens the tower puts in front of a text."""
+    whole = framed.tolist()
+    return next((start for start in range(len(whole) - len(ids) + 1) if whole[start : start + len(ids)] == ids), 0)
+
+
+def _masks(ids: Tensor, nothing: Tensor, nothing_mask: Tensor) -> Tensor:
+    """Masks [S, T] of framed ids [S, T]: padding is what the tower pads the empty text with."""
+    if bool(nothing_mask.all()):
+        return torch.ones_like(ids, dtype=torch.bool)
+    padding = nothing[~nothing_mask][0]
+    return ids != padding
+

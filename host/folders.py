@@ -1,0 +1,133 @@
+"""Finds bridges and text towers in the host's model folders, by what the files say of themselves."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ..bridges.errors import BridgeError
+from ..bridges.file import BridgeHeader, EncoderRef, read_header
+from ..encoders.file import EncoderHeader, read_encoder_header
+
+FOLDER = "language_bridges"
+SUFFIX = ".safetensors"
+_ASSETS = Path(__file__).parent.parent / "pocket" / "assets"
+
+
+def register() -> None:
+    """Registers models/language_bridges, and behind it the bridges that ship with the pack; twice is once."""
+    paths, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+    known = list(paths)
+    for place in (os.path.join(folder_paths.models_dir, FOLDER), str(_ASSETS / "bridges")):
+        if place not in known:
+            known.append(place)
+    # An added folder starts with an empty set of suffixes, which would list every file.
+    folder_paths.folder_names_and_paths[FOLDER] = (known, {SUFFIX})
+
+
+def bridge_names() -> list[str]:
+    """Names of every file in the bridge folders, for the node's combo."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def bridge_path(name: str) -> Path:
+    """The file of a bridge name; only names that the folders list are accepted, so no path can lead elsewhere."""
+    names = bridge_names()
+    if name not in names:
+        raise BridgeError(
+            f"There is no bridge called {name!r}.",
+            f"{len(names)} bridges: {', '.join(names[:8]) or 'none'}",
+            "a file of the folder models/language_bridges",
+            "Put the bridge file there, press R in the browser to refresh, and choose it again.",
+        )
+    found = folder_paths.get_full_path(FOLDER, name)
+    if found is None or not os.path.isfile(found):
+        raise BridgeError(
+            f"The bridge file {name!r} has gone.",
+            "a name in the list without a file behind it",
+            "a file of the folder models/language_bridges",
+            "Put the file back, or press R in the browser to refresh the list.",
+        )
+    return Path(found)
+
+
+def bridge_header(path: Path) -> BridgeHeader:
+    """What a bridge file says of itself; BridgeError when it is no bridge."""
+    header = read_header(path)
+    if header is None:
+        raise BridgeError(
+            f"{path.name} is not a bridge file.",
+            "a safetensors file without the header key language_bridge",
+            "a bridge saved by Language Bridge",
+            "Choose another file. Published adapters are converted first; see the README.",
+        )
+    return header
+
+
+def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
+    """The tower file that a bridge names, found by identity whatever its file name.
+
+    wanted: family, identity, layer, window and mask rule from the bridge's header. BridgeError names what is missing, or
+    how a tower of that name differs.
+    """
+    near: list[tuple[Path, EncoderHeader]] = []
+    for path, header in _towers():
+        if header.identity != wanted.identity:
+            continue
+        if (header.family, header.layer, header.window, header.mask_rule) == (
+            wanted.family,
+            wanted.layer,
+            wanted.window,
+            wanted.mask_rule,
+        ):
+            return path
+        near.append((path, header))
+    if near:
+        path, header = near[0]
+        raise BridgeError(
+            f"The text tower {wanted.identity!r} is not the one that the bridge {bridge} was trained with.",
+            f"{path.name}: {header.family}, layer {header.layer}, window {header.window}, mask {header.mask_rule}",
+            f"{wanted.family}, layer {wanted.layer}, window {wanted.window}, mask {wanted.mask_rule}",
+            "Fetch the tower that belongs to this bridge into models/text_encoders.",
+        )
+    raise BridgeError(
+        f"The text tower that the bridge {bridge} needs is missing.",
+        f"no file with the identity {wanted.identity!r} in models/text_encoders",
+        f"a tower file: {wanted.family}, identity {wanted.identity!r}, window {wanted.window}",
+        "Put the tower file into models/text_encoders (any file name) and queue again.",
+    )
+
+
+def _towers() -> Iterator[tuple[Path, EncoderHeader]]:
+    roots = [*folder_paths.get_folder_paths("text_encoders"), *_bridge_roots(), str(_ASSETS / "encoders")]
+    for root in dict.fromkeys(roots):
+        for folder, _, names in os.walk(root, followlinks=True):
+            for name in sorted(names):
+                if not name.lower().endswith(SUFFIX):
+                    continue
+                path = Path(folder) / name
+                try:
+                    facts = path.stat()
+                    header = _tower_header(str(path), facts.st_size, facts.st_mtime_ns)
+                except (OSError, BridgeError) as error:
+                    logging.debug("Language Bridge passes over %s: %s", path.name, error)
+                    continue
+                if header is not None:
+                    yield path, header
+
+
+def _bridge_roots() -> list[str]:
+    paths: Any = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
+    return list(paths)
+
+
+@lru_cache(maxsize=4096)
+def _tower_header(path: str, size: int, modified: int) -> EncoderHeader | None:
+    """The header of one file; size and time of change are only there to notice a new content."""
+    return read_encoder_header(path)

@@ -1,0 +1,1 @@
+"""What the user sees: schema, one call, output."""

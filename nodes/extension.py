@@ -1,0 +1,24 @@
+"""Lists the pack's nodes for the host and registers its model folders."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..host import folders
+from .language_bridge import LanguageBridge
+from .pocket_checkpoint import PocketCheckpoint
+
+NODES: tuple[type[io.ComfyNode], ...] = (LanguageBridge, PocketCheckpoint)
+"""Every node, in the order of the menu; their ids never change, because saved workflows name them."""
+
+
+class LanguageBridgeExtension(ComfyExtension):
+    """The pack as the host sees it."""
+
+    async def on_load(self) -> None:
+        """Registers models/language_bridges before the first schema lists it."""
+        folders.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """The nodes to offer."""
+        return list(NODES)

@@ -1,0 +1,148 @@
+"""Writes the shipped workflows from one description: `workflows/*.json` for the page, `workflows/api/*.json` for HTTP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent.parent / "workflows"
+
+SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
+    "CheckpointLoaderSimple": ([], [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")]),
+    "LanguageBridgePocketCheckpoint": ([], [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")]),
+    "LanguageBridge": ([("model", "MODEL"), ("clip", "CLIP")], [("MODEL", "MODEL"), ("CLIP", "CLIP")]),
+    "CLIPTextEncode": ([("clip", "CLIP")], [("CONDITIONING", "CONDITIONING")]),
+    "EmptyLatentImage": ([], [("LATENT", "LATENT")]),
+    "KSampler": (
+        [("model", "MODEL"), ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("latent_image", "LATENT")],
+        [("LATENT", "LATENT")],
+    ),
+    "VAEDecode": ([("samples", "LATENT"), ("vae", "VAE")], [("IMAGE", "IMAGE")]),
+    "SaveImage": ([("images", "IMAGE")], []),
+}
+"""Inputs that take a link and outputs of each node that the workflows use: (name, type)."""
+
+PLACES: dict[str, tuple[int, int, int, int]] = {
+    "checkpoint": (40, 120, 320, 110),
+    "bridge": (400, 120, 330, 150),
+    "positive": (770, 60, 420, 170),
+    "negative": (770, 280, 420, 110),
+    "latent": (770, 440, 320, 110),
+    "sampler": (1230, 60, 320, 270),
+    "decode": (1590, 60, 200, 50),
+    "save": (1590, 160, 340, 360),
+}
+"""Left, top, width and height of each node by its title."""
+
+
+def graph(checkpoint: dict[str, Any], bridge: str, text: dict[str, str], picture: dict[str, Any]) -> dict[str, Any]:
+    """One text-to-image graph in the API form, with the bridge behind the checkpoint loader."""
+    sampler = {"seed": 1, "steps": 15, "cfg": 2.0, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
+    sampler |= {key: value for key, value in picture.items() if key in sampler}
+    size = {"width": picture["side"], "height": picture["side"], "batch_size": 1}
+    nodes: list[tuple[str, str, dict[str, Any]]] = [
+        ("checkpoint", checkpoint["class"], checkpoint["inputs"]),
+        (
+            "bridge",
+            "LanguageBridge",
+            {"model": ["1", 0], "clip": ["1", 1], "bridge": bridge, "strength": 1.0, "route": "two streams"},
+        ),
+        ("positive", "CLIPTextEncode", {"clip": ["2", 1], "text": text["positive"]}),
+        ("negative", "CLIPTextEncode", {"clip": ["2", 1], "text": text["negative"]}),
+        ("latent", "EmptyLatentImage", size),
+        (
+            "sampler",
+            "KSampler",
+            {"model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], **sampler},
+        ),
+        ("decode", "VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
+        ("save", "SaveImage", {"images": ["7", 0], "filename_prefix": picture["prefix"]}),
+    ]
+    return {
+        str(number): {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+        for number, (title, kind, inputs) in enumerate(nodes, start=1)
+    }
+
+
+def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
+    """The same graph as the page saves it: places, links and the values of widgets in their order."""
+    links: list[list[Any]] = []
+    nodes: list[dict[str, Any]] = []
+    outgoing: dict[tuple[str, int], list[int]] = {}
+    for target, node in api.items():
+        for slot, (name, kind) in enumerate(SOCKETS[node["class_type"]][0]):
+            source, output = node["inputs"][name]
+            links.append([len(links) + 1, int(source), output, int(target), slot, kind])
+            outgoing.setdefault((source, output), []).append(len(links))
+    for order, (number, node) in enumerate(api.items()):
+        inputs, outputs = SOCKETS[node["class_type"]]
+        left, top, width, height = PLACES[node["_meta"]["title"]]
+        linked = {link[4]: link[0] for link in links if link[3] == int(number)}
+        widgets: list[Any] = []
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                continue
+            widgets.append(value)
+            if name == "seed":
+                widgets.append("fixed")
+        nodes.append(
+            {
+                "id": int(number),
+                "type": node["class_type"],
+                "pos": [left, top],
+                "size": [width, height],
+                "flags": {},
+                "order": order,
+                "mode": 0,
+                "inputs": [{"name": n, "type": t, "link": linked[slot]} for slot, (n, t) in enumerate(inputs)],
+                "outputs": [
+                    {"name": n, "type": t, "links": outgoing.get((number, slot), [])} for slot, (n, t) in enumerate(outputs)
+                ],
+                "title": node["_meta"]["title"],
+                "properties": {"Node name for S&R": node["class_type"]},
+                "widgets_values": widgets,
+            }
+        )
+    nodes.append(
+        {
+            "id": len(api) + 1,
+            "type": "MarkdownNote",
+            "pos": [40, 320],
+            "size": [690, 230],
+            "flags": {},
+            "order": len(api),
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": [note],
+        }
+    )
+    return {
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {"ds": {"scale": 0.7, "offset": [40, 80]}},
+        "version": 0.4,
+    }
+
+
+def main() -> None:
+    texts: dict[str, Any] = json.loads(Path(__file__).with_name("workflow_texts.json").read_text(encoding="utf-8"))
+    for name, entry in texts.items():
+        api = graph(entry["checkpoint"], entry["bridge"], entry["text"], entry["picture"])
+        write(FOLDER / "api" / f"{name}.json", api)
+        write(FOLDER / f"{name}.json", for_page(api, entry["note"]))
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How a bridge learns: objectives and the taps that they need; torch only."""
