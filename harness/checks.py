@@ -1,0 +1,70 @@
+"""The test command's steps: formatter, linter, type checker, self-scan of the shipped files, pytest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .environment import CHECKOUT, BootstrapError, Environment
+from .scan import findings
+
+OLDER_TESTS = ("tests/host", "tests/nodes")
+
+
+def run_checks(environment: Environment, say: Callable[[str], None]) -> list[str]:
+    """Run every check that is no test, print what they say, return the names of those that failed."""
+    failed: list[str] = []
+    ruff = str(environment.tool("ruff"))
+    commands = {
+        "ruff check": [ruff, "check", "."],
+        "ruff format": [ruff, "format", "--check", "."],
+        "pyright": [str(environment.python), "-m", "pyright", "--pythonpath", str(environment.python)],
+    }
+    for name, command in commands.items():
+        say(name)
+        if subprocess.call(command, cwd=CHECKOUT, env=_type_check_variables(environment)):
+            failed.append(name)
+    say("self-scan of the shipped files")
+    for finding in findings(CHECKOUT):
+        print(finding, flush=True)
+        failed += [] if "self-scan" in failed else ["self-scan"]
+    return failed
+
+
+def run_pytest(
+    environment: Environment,
+    arguments: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    older: bool = False,
+    failed: Sequence[str] = (),
+) -> int:
+    """Run pytest on one ComfyUI release and return its exit code.
+
+    Without *arguments* it runs everything, on the older release the folders of OLDER_TESTS. The names in
+    *failed* are printed in pytest's summary, so that a failed check is not lost above it.
+    """
+    tree = environment.older if older else environment.comfyui
+    if tree is None:
+        raise BootstrapError("the older ComfyUI is not in this environment")
+    wanted = list(arguments)
+    if not wanted and older:
+        wanted = [name for name in OLDER_TESTS if any((CHECKOUT / name).rglob("test_*.py"))]
+        if not wanted:
+            say("no such tests in this checkout")
+            return 0
+    variables = environment.variables(tree) | {"LANGUAGE_BRIDGE_FAILED_CHECKS": "; ".join(failed)}
+    command = [str(environment.tool("pytest")), *wanted]
+    return subprocess.call(command, cwd=CHECKOUT, env=variables)
+
+
+def _type_check_variables(environment: Environment) -> dict[str, str]:
+    """pyright finds Node.js as a wheel in the environment and needs no ComfyUI on PYTHONPATH."""
+    variables = environment.variables()
+    del variables["PYTHONPATH"]
+    return variables | {
+        "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1",
+        "PATH": os.pathsep.join([str(Path(environment.python).parent), os.environ.get("PATH", "")]),
+    }

@@ -1,0 +1,1 @@
+"""Which files exist, how large they are, their hashes and licences. Standard library only."""

@@ -1,0 +1,61 @@
+"""Compares files on disk with what the manifest says of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .schema import Manifest, WeightFile
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file that is not what the manifest says; reads as a sentence."""
+
+    path: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: found {self.found}, expected {self.expected}"
+
+
+def problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Every file of the manifest below *root* that is missing, outside, of the wrong size or of the wrong hash."""
+    for entry in manifest.entries:
+        for file in entry.files:
+            problem = check(root, file)
+            if problem is not None:
+                yield problem
+
+
+def check(root: Path, file: WeightFile) -> Problem | None:
+    """What is wrong with one file, None when nothing is. Its hash is read only when its size is right."""
+    path = (root / file.path).resolve()
+    if not path.is_relative_to(root.resolve()):
+        return Problem(file.path, "a link that leads out of the pack's folder", "a file in it")
+    if not path.is_file():
+        return Problem(file.path, "nothing", f"a file of {file.bytes} bytes")
+    size = path.stat().st_size
+    if size != file.bytes:
+        return Problem(file.path, f"{size} bytes", f"{file.bytes} bytes")
+    found = sha256(path)
+    if found != file.sha256:
+        return Problem(file.path, f"SHA-256 {found}", file.sha256)
+    return None
+
+
+def measure(root: Path, path: str) -> WeightFile:
+    """The manifest's line for a file as it is on disk now."""
+    return WeightFile(path, (root / path).stat().st_size, sha256(root / path))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
