@@ -206,11 +206,12 @@ def parse_spec(spec: type[Value], fields: Mapping[str, object], owner: str) -> V
             "The file is damaged or was made by another version; fetch or save it again.",
         )
     for name, value in fields.items():
-        if type(value) not in _TYPES.get(hints[name], (hints[name],)):
+        small = not isinstance(value, int) or abs(value) <= LARGEST_SIZE
+        if type(value) not in _TYPES.get(hints[name], (hints[name],)) or not small:
             raise BridgeError(
                 f"The sizes (spec) of the {owner} are damaged.",
                 f"{name} = {value!r:.80}",
-                f"{name} of type {hints[name].__name__}",
+                f"{name} of type {hints[name].__name__}, numbers up to {LARGEST_SIZE}",
                 "Fetch or save the file again.",
             )
     return spec(**fields)

@@ -200,7 +200,7 @@ def load_bridge(
         weights = {name: tensors[name] for name in parts["tower"]}
         encoder = unpack_encoder(tower, weights, ops=ops, device=device, dtype=dtype)
     bridge = create(header.kind, spec, ops=ops, device=device, dtype=dtype)
-    guard.fill(bridge, {name[len(PREFIX) :]: tensors[name] for name in own}, dtype, _OWNER)
+    guard.fill(bridge, tensors, PREFIX, dtype, _OWNER)
     unet = {name[len(UNET_PREFIX) :]: tensors[name] for name in sorted(parts["unet"])}
     return LoadedBridge(header, bridge, encoder, unet)
 

@@ -20,7 +20,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .base import LARGEST_SIZE, Bridge, BridgeSpec, Cond, Hidden, Ops
+from .base import LARGEST_SIZE, Bridge, BridgeSpec, Cond, Hidden, Ops, require_sizes
 from .errors import BridgeError
 
 DEEPEST = 32
@@ -36,11 +36,12 @@ class MlpSpec(BridgeSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.depth <= DEEPEST or self.width < 1:
+        require_sizes(self, width=1, depth=1)
+        if self.depth > DEEPEST:
             raise BridgeError(
-                "The sizes of this mlp bridge are out of range.",
-                f"width {self.width}, depth {self.depth}",
-                f"width >= 1, depth 1 to {DEEPEST}",
+                "The mlp bridge is too deep.",
+                f"depth {self.depth}",
+                f"depth 1 to {DEEPEST}",
                 "The file is damaged or was made by another version; fetch or save it again.",
             )
 

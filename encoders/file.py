@@ -191,6 +191,5 @@ def unpack_encoder(
             "Fetch or save the file again.",
         )
     encoder = build(ops, device)
-    weights = {name[len(PREFIX) :]: tensor for name, tensor in tensors.items() if name != TOKENIZER}
-    guard.fill(encoder, weights, dtype, _OWNER)
+    guard.fill(encoder, tensors, PREFIX, dtype, _OWNER)
     return encoder

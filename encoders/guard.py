@@ -208,22 +208,25 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in cast("dict[str, Tensor]", module.state_dict()).items()}
 
 
-def fill(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None, owner: str) -> None:
-    """Load checked weights into `module` in `dtype` (None = float32); BridgeError when one does not fit.
+def fill(
+    module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None, owner: str
+) -> None:
+    """Load the tensors under `prefix` into `module` in `dtype` (None = float32); BridgeError when one is odd.
 
     Call `require_shapes` first. The cast happens here because host layers may adopt tensors as they come.
     """
-    cast_weights = {key: value.to(dtype or torch.float32) for key, value in weights.items()}
-    for key, value in weights.items():
-        if not value.is_floating_point():
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
             raise BridgeError(
                 f"The weights of the {owner} are of an odd type.",
-                f"{key!r} of {str(value.dtype)[6:]}",
+                f"{name!r} of {str(tensor.dtype)[6:]}",
                 "float16, bfloat16, float32 or float64",
                 _AGAIN,
             )
-    require_finite(cast_weights, f"The weights of the {owner} cannot be used.")
-    module.load_state_dict(cast_weights, strict=True)
+    weights = {name: tensor.to(dtype or torch.float32) for name, tensor in found.items()}
+    require_finite(weights, f"The weights of the {owner} cannot be used.")
+    module.load_state_dict({name[len(prefix) :]: tensor for name, tensor in weights.items()}, strict=True)
     empty = [key for key, value in cast("dict[str, Tensor]", module.state_dict()).items() if value.is_meta]
     assert not empty, empty
 
