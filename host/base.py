@@ -15,7 +15,7 @@ _BY_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl", 96: "pocket"}
 
 @dataclass(frozen=True)
 class Base:
-    """name: a key of `NAMES`; context: width of the text rows that the U-Net reads; pooled: width of SDXL's vector or 0.
+    """name: a key of `NAMES`; context: width of the text rows that the U-Net reads; pooled: SDXL's or 0.
 
     keys: the checkpoint's own text towers in the tokens dict, `l`, `h` or `l` and `g`.
     """
@@ -27,7 +27,7 @@ class Base:
 
 
 def base_of(model: Any, clip: Any) -> Base:
-    """The base of a MODEL and its CLIP; BridgeError when either is none of ours or the two do not belong together."""
+    """The base of a MODEL and its CLIP; BridgeError when one is not ours or they do not fit."""
     text = _text_side(clip)
     config = getattr(getattr(model, "model", None), "model_config", None)
     unet: dict[str, Any] = getattr(config, "unet_config", None) or {}

@@ -6,8 +6,10 @@ from typing import Any
 
 import comfy.ops
 
+from ..bridges.base import Bridge
 from ..bridges.errors import BridgeError
 from ..bridges.file import BridgeHeader, load_bridge
+from ..encoders.base import Encoder
 from ..encoders.file import load_encoder
 from ..prompt import MODES
 from . import folders
@@ -19,11 +21,14 @@ from .tower import NativeTower, tower_dtype
 def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -> BridgedClip:
     """A bridged clone of `clip`.
 
-    name: a bridge of the folders; strength: weight of the native text, > 0; route: one of `prompt.MODES`. BridgeError, in words
-    and before sampling, when base, bridge and text tower do not belong together or a file is damaged or missing.
+    name: a bridge of the folders; strength: weight of the native text, > 0; route: one of `prompt.MODES`.
+    BridgeError, in words and before sampling, when base, bridge and text tower do not belong together or a
+    file is damaged or missing.
     """
     if route not in MODES:
-        raise BridgeError("There is no such route.", repr(route), " or ".join(MODES), "Choose one of the list.")
+        raise BridgeError(
+            "There is no such route.", repr(route), " or ".join(MODES), "Choose one of the list."
+        )
     base = base_of(model, clip)
     path = folders.bridge_path(name)
     header = folders.bridge_header(path)
@@ -33,6 +38,7 @@ def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -
     encoder = loaded.encoder
     if encoder is None:
         encoder = load_encoder(folders.encoder_path(header.encoder, name), ops=ops, dtype=dtype)
+    _check_width(encoder, loaded.bridge, name)
     tower = NativeTower(encoder, loaded.bridge)
     return BridgedClip.over(clip, Speech(tower, route, strength, base, name))
 
@@ -52,11 +58,21 @@ def _check(header: BridgeHeader, base: Base, name: str) -> None:
             "a bridge that leaves the U-Net alone (U-Net part 'none')",
             "Update Language Bridge.",
         )
-    context = header.spec.get("context")
-    if context != base.context:
+    context, pooled = header.spec.get("context"), header.spec.get("pooled", 0)
+    if context != base.context or pooled not in (0, base.pooled):
         raise BridgeError(
             f"The bridge {name} speaks to another width.",
-            f"text rows of width {context}",
-            f"text rows of width {base.context}, which {NAMES[base.name]} reads",
+            f"text rows of width {context}, pooled vector of width {pooled}",
+            f"text rows of width {base.context} and pooled width {base.pooled}, as {NAMES[base.name]} reads",
             "Fetch or save the bridge again; its header does not fit its base.",
+        )
+
+
+def _check_width(encoder: Encoder, bridge: Bridge, name: str) -> None:
+    if encoder.width != bridge.spec.hidden:
+        raise BridgeError(
+            f"The text tower {encoder.identity!r} does not fit the bridge {name}.",
+            f"states of width {encoder.width}",
+            f"states of width {bridge.spec.hidden}",
+            "Fetch the tower that belongs to this bridge into models/text_encoders.",
         )

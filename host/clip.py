@@ -26,7 +26,7 @@ Chunk = list[tuple[Any, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Speech:
-    """How a BridgedClip speaks: tower, route (one of `prompt.MODES`), strength (weight of the native text), base."""
+    """How a BridgedClip speaks: tower, route (one of `prompt.MODES`), strength (of native text), base."""
 
     tower: NativeTower
     route: str
@@ -38,11 +38,12 @@ class Speech:
 class BridgedClip(comfy.sd.CLIP):
     """The checkpoint's own CLIP with a native tower beside it.
 
-    `cond_stage_model`, `tokenizer` and `patcher` stay the checkpoint's own objects, so LoRA key maps, clip skip, textual
-    inversion, hooks and saving mean what they always mean. The tokens dict has the checkpoint's own keys (English
-    stream) and `KEY` (native stream). Encoding joins both streams along the token axis, native rows first; a stream that
-    says nothing adds no rows, because the U-Net's cross-attention has no mask and no row is neutral. A prompt that is
-    all English therefore gives exactly what the stock CLIP gives.
+    `cond_stage_model`, `tokenizer` and `patcher` stay the checkpoint's own objects, so LoRA key maps, clip
+    skip, textual inversion, hooks and saving mean what they always mean. The tokens dict has the checkpoint's
+    own keys (English stream) and `KEY` (native stream). Encoding joins both streams along the token axis,
+    native rows first; a stream that says nothing adds no rows, because the U-Net's cross-attention has no
+    mask and no row is neutral. A prompt that is all English therefore gives exactly what the stock CLIP
+    gives.
     """
 
     speech: Speech
@@ -74,12 +75,16 @@ class BridgedClip(comfy.sd.CLIP):
         """Stock tokens of the English stream and, under `KEY`, native chunks of (id, weight[, word id])."""
         segments = route(text, self.speech.route)
         native = [segment for segment in segments if segment.stream == "native"]
-        tokens: dict[str, list[Chunk]] = super().tokenize(english_prompt(segments), return_word_ids, **options)
+        tokens: dict[str, list[Chunk]] = super().tokenize(
+            english_prompt(segments), return_word_ids, **options
+        )
         chunks = self._chunks(native) if native else [[(SILENCE, 1.0, 0)]]
         tokens[KEY] = chunks if return_word_ids else [[token[:2] for token in chunk] for chunk in chunks]
         return tokens
 
-    def encode_from_tokens(self, tokens: Mapping[str, Any], return_pooled: Any = False, return_dict: bool = False) -> Any:
+    def encode_from_tokens(
+        self, tokens: Mapping[str, Any], return_pooled: Any = False, return_dict: bool = False
+    ) -> Any:
         """Stock meaning of every argument; both streams are in the context."""
         native, english = _split(tokens)
         if native is None:
@@ -96,7 +101,11 @@ class BridgedClip(comfy.sd.CLIP):
         return (joined["cond"], joined["pooled_output"]) if return_pooled else joined["cond"]
 
     def encode_from_tokens_scheduled(
-        self, tokens: Mapping[str, Any], unprojected: bool = False, add_dict: Mapping[str, Any] | None = None, **options: Any
+        self,
+        tokens: Mapping[str, Any],
+        unprojected: bool = False,
+        add_dict: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[list[Any]]:
         """Stock meaning; native rows do not depend on CLIP hooks, so each keyframe gets the same ones."""
         extra = dict(add_dict or {})
@@ -114,7 +123,7 @@ class BridgedClip(comfy.sd.CLIP):
         return scheduled
 
     def _chunks(self, segments: Sequence[Segment]) -> list[Chunk]:
-        """Native chunks, each framed to the tower's window: (id, weight, word id), word id 0 for special tokens."""
+        """Native chunks, framed to the tower's window: (id, weight, word id), word id 0 if special."""
         encoder = self.speech.tower.encoder
         pieces = [(p.id, s.weight) for s in segments for p in encoder.tokenize(s.text)]
         room = encoder.capacity
@@ -133,7 +142,7 @@ class BridgedClip(comfy.sd.CLIP):
         return chunks
 
     def _join(self, parts: dict[str, Any], native: list[Chunk], english: Mapping[str, list[Chunk]]) -> None:
-        """Puts the native rows in front of the English rows in `parts`, and mixes pooled by share of spoken tokens."""
+        """Puts native rows in front of the English rows of `parts`; mixes pooled by share of tokens."""
         context, pooled, spoken = self._speak(native)
         silent = self._silent(english)
         if not silent:
@@ -148,9 +157,9 @@ class BridgedClip(comfy.sd.CLIP):
     def _speak(self, native: list[Chunk]) -> tuple[Tensor, Tensor | None, int]:
         """Native context [1, N, C], pooled [1, P] of the first chunk, and the number of spoken tokens.
 
-        Weights act as in the stock CLIP, on the rows that stand for the tokens: empty + weight * (row - empty), where
-        empty is the row of the empty prompt at the same place. A bridge whose rows do not stand for tokens gets the mean
-        weight of the chunk for all of its rows.
+        Weights act as in the stock CLIP, on the rows that stand for the tokens: empty + weight * (row -
+        empty), where empty is the row of the empty prompt at the same place. A bridge whose rows do not stand
+        for tokens gets the mean weight of the chunk for all of its rows.
         """
         speech = self.speech
         encoder = speech.tower.encoder
@@ -169,8 +178,12 @@ class BridgedClip(comfy.sd.CLIP):
             empty = cond.context[-1:]
             if rows.shape[1] != weights.shape[1]:
                 counted = word.sum(1).clamp(min=1)
-                weights = (torch.where(word, weights, 0.0).sum(1) / counted)[:, None].expand(-1, rows.shape[1])
-            rows = torch.where(weights[..., None] == 1.0, rows, empty + weights[..., None].to(rows) * (rows - empty))
+                weights = (torch.where(word, weights, 0.0).sum(1) / counted)[:, None].expand(
+                    -1, rows.shape[1]
+                )
+            rows = torch.where(
+                weights[..., None] == 1.0, rows, empty + weights[..., None].to(rows) * (rows - empty)
+            )
             if pooled is not None and cond.pooled is not None and speech.strength != 1.0:
                 pooled = cond.pooled[-1:] + speech.strength * (pooled - cond.pooled[-1:])
         if not bool(torch.isfinite(rows).all()):
@@ -191,12 +204,16 @@ class BridgedClip(comfy.sd.CLIP):
 
     def _spoken(self, english: Mapping[str, list[Chunk]]) -> int:
         """Number of tokens in the English stream that are not start, end or padding."""
-        key = self.speech.base.keys[-1]
-        nothing = {token for token, *_ in super().tokenize("")[key][0] if isinstance(token, int)}
+        # Each tower has padding of its own: CLIP-L repeats the end token, CLIP-G and CLIP-H take token 0.
+        nothing = {key: {token for token, *_ in chunks[0]} for key, chunks in super().tokenize("").items()}
         counts = (
-            sum(not isinstance(token, int) or token not in nothing for chunk in english[name] for token, *_ in chunk)
-            for name in self.speech.base.keys
-            if name in english
+            sum(
+                not isinstance(token, int) or token not in nothing[key]
+                for chunk in english[key]
+                for token, *_ in chunk
+            )
+            for key in self.speech.base.keys
+            if key in english
         )
         return max(counts, default=0)
 
@@ -211,7 +228,9 @@ def _split(tokens: Mapping[str, Any]) -> tuple[list[Chunk] | None, dict[str, lis
 def _lead(framed: Tensor, ids: list[int]) -> int:
     """How many special tokens the tower puts in front of a text."""
     whole = framed.tolist()
-    return next((start for start in range(len(whole) - len(ids) + 1) if whole[start : start + len(ids)] == ids), 0)
+    return next(
+        (start for start in range(len(whole) - len(ids) + 1) if whole[start : start + len(ids)] == ids), 0
+    )
 
 
 def _masks(ids: Tensor, nothing: Tensor, nothing_mask: Tensor) -> Tensor:
@@ -220,4 +239,3 @@ def _masks(ids: Tensor, nothing: Tensor, nothing_mask: Tensor) -> Tensor:
         return torch.ones_like(ids, dtype=torch.bool)
     padding = nothing[~nothing_mask][0]
     return ids != padding
-

@@ -37,7 +37,7 @@ def bridge_names() -> list[str]:
 
 
 def bridge_path(name: str) -> Path:
-    """The file of a bridge name; only names that the folders list are accepted, so no path can lead elsewhere."""
+    """The file of a bridge name; only names that the folders list are accepted, so none leads elsewhere."""
     names = bridge_names()
     if name not in names:
         raise BridgeError(
@@ -73,8 +73,8 @@ def bridge_header(path: Path) -> BridgeHeader:
 def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
     """The tower file that a bridge names, found by identity whatever its file name.
 
-    wanted: family, identity, layer, window and mask rule from the bridge's header. BridgeError names what is missing, or
-    how a tower of that name differs.
+    wanted: family, identity, layer, window and mask rule from the bridge's header. BridgeError names what is
+    missing, or how a tower of that name differs.
     """
     near: list[tuple[Path, EncoderHeader]] = []
     for path, header in _towers():
@@ -92,7 +92,8 @@ def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
         path, header = near[0]
         raise BridgeError(
             f"The text tower {wanted.identity!r} is not the one that the bridge {bridge} was trained with.",
-            f"{path.name}: {header.family}, layer {header.layer}, window {header.window}, mask {header.mask_rule}",
+            f"{path.name}: {header.family}, layer {header.layer}, "
+            f"window {header.window}, mask {header.mask_rule}",
             f"{wanted.family}, layer {wanted.layer}, window {wanted.window}, mask {wanted.mask_rule}",
             "Fetch the tower that belongs to this bridge into models/text_encoders.",
         )

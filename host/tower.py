@@ -19,7 +19,7 @@ def load_device() -> torch.device:
 
 
 def tower_dtype() -> torch.dtype:
-    """fp32 on a CPU; elsewhere what the host chooses for text towers (fp16 or bf16 where the device is good at it)."""
+    """fp32 on a CPU; elsewhere what the host chooses for text towers (fp16 or bf16 where it can)."""
     device = load_device()
     return torch.float32 if management.is_device_cpu(device) else management.text_encoder_dtype(device)
 
@@ -37,14 +37,15 @@ class _Reader(torch.nn.Module):
 
 
 class NativeTower:
-    """Encoder and bridge with a patcher of their own; the CLIP's patcher carries it as a patch that names further models.
+    """Encoder and bridge with a patcher of their own; the CLIP's patcher carries it as a patch.
 
-    Attached that way (`attach`), the host loads both together, counts both, and moves both off the GPU when it needs room.
+    Attached that way (`attach`), the host loads both together, counts both, and moves both off the GPU when
+    it needs room.
     """
 
     def __init__(self, encoder: Encoder, bridge: Bridge) -> None:
         self.reader = _Reader(encoder, bridge).eval().requires_grad_(False)
-        # Not CoreModelPatcher: its delegates want to reload a model from one checkpoint file, which a pair of files is not.
+        # Not CoreModelPatcher: its delegates reload a model from one file, which a pair of files is not.
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.reader, load_device=load_device(), offload_device=management.text_encoder_offload_device()
         )
@@ -60,7 +61,7 @@ class NativeTower:
         return self.reader.bridge
 
     def attach(self, patcher: Any) -> None:
-        """Makes the host load this tower whenever it loads what `patcher` holds; survives clones of the patcher."""
+        """Makes the host load this tower whenever it loads what `patcher` holds; survives clones of it."""
         patcher.set_model_patch(self, "language_bridge")
 
     def models(self) -> list[Any]:
@@ -72,7 +73,7 @@ class NativeTower:
         management.load_models_gpu([self.patcher])
 
     def read(self, ids: Tensor, mask: Tensor) -> Cond:
-        """ids, mask [S, T] to context [S, N, C] and pooled [S, P], in fp32 on the host's intermediate device."""
+        """ids, mask [S, T] to context [S, N, C] and pooled [S, P], fp32 on the host's intermediate device."""
         device = self.patcher.load_device
         with torch.no_grad():
             cond = self.reader(ids.to(device), mask.to(device))

@@ -19,8 +19,15 @@ class LanguageBridge(io.ComfyNode):
             node_id="LanguageBridge",
             display_name="Language Bridge",
             category="Language Bridge",
-            description="Put this node after Load Checkpoint, and every node behind it understands your language.",
-            search_aliases=["chinese prompt", "multilingual", "translate prompt", "text encoder", "\u4e2d\u6587\u63d0\u793a\u8bcd"],
+            description="Put this node after Load Checkpoint, "
+            "and every node behind it understands your language.",
+            search_aliases=[
+                "chinese prompt",
+                "multilingual",
+                "translate prompt",
+                "text encoder",
+                "\u4e2d\u6587\u63d0\u793a\u8bcd",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL of an SD1.x, SD2.x or SDXL checkpoint."),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint; it is kept whole."),
@@ -41,7 +48,8 @@ class LanguageBridge(io.ComfyNode):
                     "route",
                     options=ROUTES,
                     default=ROUTES[0],
-                    tooltip="two streams: native text goes over the bridge, English words to the checkpoint's own CLIP.",
+                    tooltip="two streams: native text goes over the bridge, "
+                    "English words to the checkpoint's own CLIP.",
                 ),
             ],
             outputs=[
@@ -61,7 +69,7 @@ class LanguageBridge(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, clip: object, bridge: str, strength: float, route: str) -> io.NodeOutput:
-        """Checks that everything belongs together before anything is loaded, then bridges a clone of the CLIP."""
+        """Checks that everything belongs together, then bridges a clone of the CLIP."""
         if strength == 0.0 or route == "english only":
             return io.NodeOutput(model, clip)
         from ..host.bridging import bridge_clip

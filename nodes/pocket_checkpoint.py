@@ -15,7 +15,8 @@ class PocketCheckpoint(io.ComfyNode):
             node_id="LanguageBridgePocketCheckpoint",
             display_name="Pocket Checkpoint",
             category="Language Bridge/pocket",
-            description="A tiny model that ships with the pack and paints coloured shapes at 64x64. Sample it with cfg 2.",
+            description="A tiny model that ships with the pack and paints coloured shapes at 64x64. "
+            "Sample it with cfg 2.",
             search_aliases=["pocket", "demo checkpoint", "tiny model"],
             inputs=[],
             outputs=[

@@ -1,0 +1,78 @@
+"""Bridges and towers are found where the host keeps models, and nothing else is listed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import folder_paths
+import pytest
+
+from language_bridge.bridges.file import BridgeHeader
+from language_bridge.host import folders
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[str], set[str]]]:
+    """The host's list of model folders, as a copy."""
+    copy = {
+        name: (list(paths), set(suffixes))
+        for name, (paths, suffixes) in folder_paths.folder_names_and_paths.items()
+    }
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return copy
+
+
+def test_register_adds_the_users_folder_and_the_packs_own(
+    registry: dict, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    registry.pop("language_bridges", None)
+    folders.register()
+    folders.register()
+    paths, suffixes = registry["language_bridges"]
+    assert paths[0] == str(tmp_path / "language_bridges")
+    assert [Path(path).parts[-3:] for path in paths[1:]] == [("pocket", "assets", "bridges")]
+    assert suffixes == {".safetensors"}
+
+
+def test_register_keeps_folders_of_extra_model_paths(registry: dict, tmp_path: Path) -> None:
+    registry["language_bridges"] = ([str(tmp_path)], set())
+    folders.register()
+    paths, suffixes = registry["language_bridges"]
+    assert paths[0] == str(tmp_path) and len(paths) == 3 and suffixes == {".safetensors"}
+
+
+def test_only_safetensors_files_are_listed_and_folders_below_are(
+    registry: dict, models: Path, tmp_path: Path
+) -> None:
+    registry["language_bridges"] = ([str(tmp_path)], set())
+    folders.register()
+    (tmp_path / "sub").mkdir()
+    for name in ("note.txt", "weights.ckpt", ".sd1.safetensors.123.language-bridge.tmp"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    shutil.copy(models / "language_bridges" / "mlp-sd1.safetensors", tmp_path / "sub" / "mine.safetensors")
+    listed = str(Path("sub") / "mine.safetensors")
+    assert listed in folders.bridge_names()
+    assert not {name for name in folders.bridge_names() if not name.endswith(".safetensors")}
+    assert folders.bridge_path(listed) == tmp_path / "sub" / "mine.safetensors"
+    header = folders.bridge_header(folders.bridge_path(listed))
+    assert isinstance(header, BridgeHeader) and header.base == "sd1" and header.kind == "mlp"
+
+
+def test_a_header_is_read_again_when_the_tower_file_changes(
+    models: Path, tmp_path: Path, registry: dict
+) -> None:
+    from language_bridge.encoders.file import save_encoder
+    from language_bridge.tests.fixtures.towers import reference, tiny_tower
+
+    registry["text_encoders"] = ([str(tmp_path)], {".safetensors"})
+    first, second = tiny_tower("first-zh"), tiny_tower("second-zh")
+    path = tmp_path / "tower.safetensors"
+    save_encoder(path, first)
+    assert folders.encoder_path(reference(first), "any") == path
+    save_encoder(path, second)
+    assert folders.encoder_path(reference(second), "any") == path
+    with pytest.raises(ValueError, match="first-zh"):
+        folders.encoder_path(reference(first), "any")
