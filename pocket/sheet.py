@@ -50,8 +50,11 @@ FONT_NAMES = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of the sheet: its file (None leaves the place empty), its prompt, what to print without a font
-    for the prompt's script, and a short remark such as the judge's score."""
+    """One picture of the sheet.
+
+    picture: its file, None leaves the place empty; gloss: printed without a font for the prompt's script;
+    remark: a short line below, such as the judge's score.
+    """
 
     picture: Path | None
     prompt: str
@@ -68,7 +71,7 @@ def compose(labels: Sequence[str], rows: Sequence[Sequence[Cell]], title: str) -
     line = TEXT + 5
     lines_below = [max(_lines_below(cell, native, latin) for cell in row) for row in rows]
     heights = [CELL + line * count + 2 * MARGIN for count in lines_below]
-    width = LABEL + columns * (CELL + MARGIN) + MARGIN
+    width = max(LABEL + columns * (CELL + MARGIN), MARGIN + round(heading.getlength(title))) + MARGIN
     sheet = Image.new("RGB", (width, TOP + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 14), title, font=heading, fill="black")
@@ -156,8 +159,8 @@ def _wrapped(text: str, font: Font, width: float) -> list[str]:
 
 
 def _scaled(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
+    with path.open("rb") as file:
+        picture = Image.open(file).convert("RGB")
     scale = CELL / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     framed = Image.new("RGB", (CELL, CELL), "white")

@@ -1,4 +1,7 @@
-"""Trains the pocket world's autoencoder and judge: `bootstrap.py run recipes/pocket_autoencoder.py --out DIR`."""
+"""Trains the pocket world's autoencoder and judge.
+
+`bootstrap.py run recipes/pocket_autoencoder.py --out DIR --stage autoencoder|judge`
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from language_bridge.pocket import judge as judging
 from language_bridge.pocket.autoencoder import Autoencoder
@@ -19,8 +22,9 @@ from language_bridge.pocket.painter import COLOURS, PLACES, SHAPES, SIZES, Scene
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--stage", choices=["autoencoder", "judge"], required=True)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--judge-steps", type=int, default=700)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -36,21 +40,33 @@ def main() -> None:
     test_scenes = [random_scene(rng) for _ in range(512)]
     test = torch.from_numpy(paint_many(test_scenes, rng)).movedim(-1, 1)
 
-    model = train_autoencoder(pictures, test, options.steps, options.width)
-    latents = encode_all(model, pictures[:4000])
-    deviation = float(latents.std())
-    restored = decode_all(model, encode_all(model, test))
-    decibel = -10 * float((restored - test).square().mean().log10())
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(options.out / "autoencoder.safetensors"))
+    if options.stage == "autoencoder":
+        model = train_autoencoder(pictures, test, options.steps, options.width)
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()}, str(options.out / "autoencoder.safetensors")
+        )
+        restored = decode_all(model, encode_all(model, test))
+        facts = {
+            "seed": options.seed,
+            "deviation": float(encode_all(model, pictures[:4000]).std()),
+            "decibel": -10 * float((restored - test).square().mean().log10()),
+        }
+        (options.out / "autoencoder.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        print(json.dumps(facts))
+        return
+    model = Autoencoder(options.width)
+    model.load_state_dict(load_file(str(options.out / "autoencoder.safetensors")))
+    restored = decode_all(model.eval(), encode_all(model, test))
     judge = train_judge(model, pictures, scenes, options.judge_steps)
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, str(options.out / "pocket-judge.safetensors"))
-
-    facts = {"seed": options.seed, "deviation": deviation, "decibel": decibel}
+    save_file(
+        {k: v.half().contiguous() for k, v in judge.state_dict().items()}, str(options.out / "pocket-judge.safetensors")
+    )
+    facts = {"seed": options.seed}
     for name, images in (("painted", test), ("restored", restored)):
         readings = judge.read_many(images.movedim(1, -1))
         marks = [judging.score(r, _full(s)) for r, s in zip(readings, test_scenes, strict=True)]
         facts[f"judge_{name}"] = judging.accuracy(marks)
-    (options.out / "autoencoder.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (options.out / "judge.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     print(json.dumps(facts, indent=1))
 
 
@@ -112,8 +128,9 @@ def train_judge(model: Autoencoder, pictures: torch.Tensor, scenes: list[Scene],
     for step in range(steps):
         pick = torch.randint(len(scenes), (64,))
         images = pictures[pick]
-        latents = encode_all(model, images)
-        blurred = decode_all(model, latents + torch.rand(64, 1, 1, 1) * 0.25 * torch.randn_like(latents))
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = encode_all(model, images).float()
+            blurred = decode_all(model, latents + torch.rand(64, 1, 1, 1) * 0.25 * torch.randn_like(latents)).float()
         images = torch.where(torch.rand(64, 1, 1, 1) < 0.5, blurred, images)
         images = (images + torch.rand(64, 1, 1, 1) * 0.06 * torch.randn_like(images)).clamp(0, 1)
         logits = judge(judging.corners_of(images))
@@ -126,7 +143,7 @@ def train_judge(model: Autoencoder, pictures: torch.Tensor, scenes: list[Scene],
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step % 250 == 0:
+        if step % 50 == 0:
             print(f"judge step {step} loss {float(loss):.4f}", flush=True)
     return judge.eval()
 

@@ -17,7 +17,7 @@ def cross_attentions(unet: nn.Module) -> list[nn.Module]:
 
 
 def level_ends(unet: nn.Module) -> list[nn.Module]:
-    """The blocks whose outputs PEA compares: the end of each level going down, the middle, the end of each going up.
+    """The modules whose outputs PEA compares: the end of each level going down, the middle, the end of each going up.
 
     With diffusers those are `down_blocks`, `mid_block` and `up_blocks`; in the LDM layout a level ends with the block that
     changes the resolution, and the last level with the last block. Nine blocks on SD1.5, seven on SDXL.
@@ -29,7 +29,8 @@ def level_ends(unet: nn.Module) -> list[nn.Module]:
     up = list(cast(Any, unet).output_blocks)
     ends = [block for block in down if any(hasattr(part, "op") for part in block.children())]
     rises = [block for block in up if any(hasattr(part, "use_conv") for part in list(block.children())[1:])]
-    return [*ends, down[-1], cast(Any, unet).middle_block, *rises, up[-1]]
+    # The host calls the layers of a block one by one and never the block itself, so its last layer stands for it.
+    return [block[-1] for block in (*ends, down[-1], cast(Any, unet).middle_block, *rises, up[-1])]
 
 
 class _Taps:
