@@ -12,6 +12,7 @@ holds this checkout, or a pinned release from PyPI whose hash is checked; none o
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -121,7 +122,7 @@ def _terminated(*_: object) -> None:
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if os.name != "nt":
         signal.signal(signal.SIGTERM, _terminated)

@@ -1,4 +1,4 @@
-"""What ComfyUI-Manager runs after installing the pack: prepares folders and says what is next. Installs no packages.
+"""What ComfyUI-Manager runs after installing the pack: prepares folders, says what is next, installs nothing.
 
 python install.py            prepare the model folder, say what is next
 python install.py list       what weights_manifest.json names
@@ -35,7 +35,7 @@ def read_manifest() -> Manifest:
 
 
 def find_comfyui(pack: Path = PACK) -> Path | None:
-    """The ComfyUI that COMFYUI_PATH names or whose custom_nodes holds the pack; None where there is neither."""
+    """The ComfyUI that COMFYUI_PATH names or whose custom_nodes holds the pack; None without either."""
     named = os.environ.get("COMFYUI_PATH")
     tree = Path(named).expanduser().resolve() if named else pack.parent.parent
     if not named and pack.parent.name != "custom_nodes":
@@ -47,9 +47,7 @@ def prepare() -> int:
     """Make models/language_bridges and say what is next."""
     tree = find_comfyui()
     if tree is None:
-        print(
-            "Language Bridge: this folder is not inside a ComfyUI's custom_nodes, so no model folder was made."
-        )
+        print("Language Bridge: this folder is not in a ComfyUI's custom_nodes, so no model folder was made.")
         print("  Put it there, or set COMFYUI_PATH, and run this file again.")
         return 0
     folder = tree / "models" / MODEL_FOLDER
@@ -88,9 +86,7 @@ def doctor() -> int:
     print(f"Python      {sys.version.split()[0]}  {sys.executable}")
     print(f"pack        {PACK}")
     tree = find_comfyui()
-    print(
-        f"ComfyUI     {comfyui_version(tree)}  {tree or 'not found: not in custom_nodes, COMFYUI_PATH not set'}"
-    )
+    print(f"ComfyUI     {comfyui_version(tree)}  {tree or 'not in custom_nodes, COMFYUI_PATH not set'}")
     for name in REPORTED:
         print(f"{name:26s} {_version(name)}")
     if tree is not None:

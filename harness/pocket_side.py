@@ -56,7 +56,9 @@ def draw(job: dict[str, Any]) -> dict[str, Any]:
         [cells.get((row, column), Cell(None, "", "")) for column in range(job["columns"])]
         for row in range(len(job["labels"]))
     ]
-    compose(job["labels"], rows, job["title"]).save(job["sheet"])
+    drawn = [index for index, row in enumerate(rows) if any(cell.picture for cell in row)]
+    labels = [job["labels"][index] for index in drawn]
+    compose(labels, [rows[index] for index in drawn], job["title"]).save(job["sheet"])
     return {"judge": judged}
 
 

@@ -44,6 +44,9 @@ MODEL_FOLDERS = (
 )
 """Folders of a user's own ComfyUI that a server of ours may read models from."""
 
+PAGE_SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+"""A new user of the stock frontend is met by its tour; ours has come for something else."""
+
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -55,20 +58,24 @@ def shipped_files(checkout: Path = CHECKOUT) -> Iterator[Path]:
     """Paths, relative to *checkout*, of the files that a published archive holds.
 
     A file is left out when ``.comfyignore`` or ``.gitignore`` says so. The patterns understood are the ones
-    in use there: a folder name with a closing slash, a file name, or a glob over the file name.
+    in use there: a folder with a closing slash, a file name, or a glob over the file name; with a leading
+    slash only at the top.
     """
     lines: list[str] = [".git/"]
     for name in (".comfyignore", ".gitignore"):
         if (checkout / name).is_file():
             lines += (checkout / name).read_text(encoding="utf-8").splitlines()
-    patterns = [line.strip().lstrip("/") for line in lines if line.strip() and not line.startswith("#")]
-    folders = {pattern.rstrip("/") for pattern in patterns if pattern.endswith("/")}
-    names = [pattern for pattern in patterns if not pattern.endswith("/")]
+    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+    def left_out(path: str, name: str) -> bool:
+        """Both with a closing slash when they are a folder; *path* begins with a slash."""
+        return any(fnmatch.fnmatchcase(path if pattern[0] == "/" else name, pattern) for pattern in patterns)
+
     for place, inner, files in os.walk(checkout):
-        inner[:] = sorted(name for name in inner if name not in folders)
-        for name in sorted(files):
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
-                yield (Path(place) / name).relative_to(checkout)
+        here = Path(place).relative_to(checkout)
+        top = "/" if here == Path() else f"/{here.as_posix()}/"
+        inner[:] = sorted(name for name in inner if not left_out(f"{top}{name}/", f"{name}/"))
+        yield from (here / name for name in sorted(files) if not left_out(f"{top}{name}", name))
 
 
 def install_pack(base: Path, checkout: Path = CHECKOUT) -> Path:
@@ -95,6 +102,7 @@ class Server:
     say: Callable[[str], None]
     options: Sequence[str] = ()
     models: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     patience: float = 300.0
     base: Path = field(init=False)
     url: str = field(init=False, default="")
@@ -104,11 +112,12 @@ class Server:
     def __enter__(self) -> Server:
         runs = self.environment.root / "runs"
         runs.mkdir(parents=True, exist_ok=True)
+        _sweep(runs)
         self.base = Path(tempfile.mkdtemp(prefix="server-", dir=runs))
         try:
             self._start()
         except BaseException:
-            self.stop()
+            self.__exit__()
             raise
         return self
 
@@ -124,6 +133,10 @@ class Server:
     def output(self) -> Path:
         return self.base / "output"
 
+    def page(self, workflow: str = "pocket_text_to_image") -> str:
+        """Address of the stock frontend with one of the pack's workflows opened."""
+        return f"{self.url}/?template={workflow}&source={PACK}"
+
     def _start(self) -> None:
         base = self.base
         for name in (
@@ -137,6 +150,8 @@ class Server:
             (base / name).mkdir(parents=True)
         (base / "user" / "default" / "workflows").mkdir(parents=True)
         install_pack(base)
+        settings = base / "user" / "default" / "comfy.settings.json"
+        settings.write_text(json.dumps(PAGE_SETTINGS | dict(self.settings)), encoding="utf-8")
         for graph in sorted((CHECKOUT / "workflows").glob("*.json")):
             shutil.copy2(graph, base / "user" / "default" / "workflows" / graph.name)
         for folder, files in self.models.items():
@@ -272,6 +287,14 @@ class Server:
         for seconds, failed in re.findall(pattern, text, re.MULTILINE):
             return None if failed else float(seconds)
         return None
+
+
+def _sweep(runs: Path, age: float = 86400.0) -> None:
+    """Remove what killed processes left behind more than *age* seconds ago."""
+    for folder in runs.glob("server-*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > age:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def has_cuda(environment: Environment) -> bool:

@@ -17,7 +17,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class ManifestError(ValueError):
-    """The manifest is not what this version understands; the text names the place, what was found and expected."""
+    """The manifest is not what this version understands; the text names the place, found and expected."""
 
     def __init__(self, place: str, found: object, expected: str) -> None:
         super().__init__(f"weights manifest, {place}\n  found: {found!r}\n  expected: {expected}")
@@ -27,7 +27,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file: its path below the pack's folder with forward slashes, its size in bytes, its SHA-256 in hex."""
+    """One file: its path below the pack's folder (forward slashes), its size in bytes, its SHA-256 in hex."""
 
     path: str
     bytes: int
@@ -64,7 +64,7 @@ def parse(text: str) -> Manifest:
     except ValueError as error:
         raise ManifestError("the whole file", str(error), "JSON") from error
     top = _table(data, "the whole file", {"format", "entries"})
-    if top["format"] != FORMAT or isinstance(top["format"], bool):
+    if type(top["format"]) is not int or top["format"] != FORMAT:
         raise ManifestError("format", top["format"], f"{FORMAT}; a newer one needs a newer pack")
     entries = tuple(
         _entry(item, f"entry {index}") for index, item in enumerate(_list(top["entries"], "entries"))

@@ -23,7 +23,7 @@ class Problem:
 
 
 def problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Every file of the manifest below *root* that is missing, outside, of the wrong size or of the wrong hash."""
+    """Every file of the manifest below *root* that is missing, outside, or of a wrong size or hash."""
     for entry in manifest.entries:
         for file in entry.files:
             problem = check(root, file)
