@@ -1,4 +1,6 @@
-"""Language Bridge for ComfyUI: one node after Load Checkpoint, and any SD checkpoint understands your language."""
+"""Language Bridge for ComfyUI: one node after Load Checkpoint, and any SD checkpoint understands your
+language.
+"""
 
 from __future__ import annotations
 

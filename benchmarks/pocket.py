@@ -1,7 +1,9 @@
-"""Measures the pocket world: English ceiling, Chinese floor and every shipped bridge, sampled by the host's own KSampler.
+"""Measures the pocket world: English ceiling, Chinese floor and every shipped bridge, sampled by the host's
+own KSampler.
 
-`bootstrap.py run benchmarks/pocket.py [--json] [--count N] [--seed N]`. Captions are drawn from the grammar with a fixed
-seed; no caption of the splits `combinations`, `templates` and `synonyms` can have been in a bridge's training.
+`bootstrap.py run benchmarks/pocket.py [--json] [--count N] [--seed N]`. Captions are drawn from the grammar
+with a fixed seed; no caption of the splits `combinations`, `templates` and `synonyms` can have been in a
+bridge's training.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Asked:
 
 
 def tests(split: str, count: int, seed: int) -> list[Asked]:
-    """Captions of one split; `combinations` has only held-out pairs of colour and shape, the others any scene."""
+    """Captions of one split; `combinations` has only held-out pairs of colour and shape, the others any
+    scene.
+    """
     rng = np.random.default_rng([seed, captions.SPLITS.index(split)])
     style = captions.STYLES[split]
     found: list[Asked] = []
@@ -87,7 +91,7 @@ class Painter:
 
     @torch.inference_mode()
     def paint(self, clip: Any, prompts: list[str], seed: int) -> torch.Tensor:
-        """Pictures [N, 64, 64, 3]: prompts of one context length in one batch, CFG against the empty prompt."""
+        """Pictures [N, 64, 64, 3]; prompts of one context length share a batch; CFG against the empty one."""
         encoded = [clip.encode_from_tokens(clip.tokenize(text)) for text in prompts]
         empty = clip.encode_from_tokens(clip.tokenize(""))
         pictures: list[torch.Tensor | None] = [None] * len(prompts)
@@ -135,7 +139,7 @@ def measure(count: int, seed: int) -> dict[str, Any]:
     def headline(name: str) -> float:
         return float(np.mean([table[name][split]["attributes"] for split in HEADLINE]))
 
-    names = [name for name in painter.clips]
+    names = list(painter.clips)
     return {
         "ceiling": headline("english"),
         "floor": headline("chinese, stock CLIP"),

@@ -39,8 +39,8 @@ class _Block(torch.nn.Module):
 class Autoencoder(torch.nn.Module):
     """Encoder and decoder in the layer order of TAESD, with `width` channels where TAESD has 64.
 
-    Without normalisation layers a channel of zeros stays zero through every layer, so padding the weights with zeros to
-    64 channels (`taesd_state`) computes the same function.
+    Without normalisation layers a channel of zeros stays zero through every layer, so padding the weights
+    with zeros to 64 channels (`taesd_state`) computes the same function.
     """
 
     def __init__(self, width: int = 32, ops: Any = torch.nn) -> None:
@@ -96,12 +96,14 @@ class Autoencoder(torch.nn.Module):
 def taesd_state(model: Autoencoder, deviation: float) -> dict[str, Tensor]:
     """The state dict of a 64-channel TAESD that computes what `model` computes.
 
-    deviation: standard deviation of the model's latents; `vae_scale` is set so that the host's U-Net sees latents of
-    standard deviation 1 after its own factor of `STOCK_SCALE`.
+    deviation: standard deviation of the model's latents; `vae_scale` is set so that the host's U-Net sees
+    latents of standard deviation 1 after its own factor of `STOCK_SCALE`.
     """
     padded: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
-        shape = [TAESD_WIDTH if size == model.width else size for size in value.shape[:2]] + list(value.shape[2:])
+        shape = [TAESD_WIDTH if size == model.width else size for size in value.shape[:2]] + list(
+            value.shape[2:]
+        )
         wide = torch.zeros(shape, dtype=value.dtype)
         wide[tuple(slice(0, size) for size in value.shape)] = value
         padded[key] = wide

@@ -66,7 +66,9 @@ def grammar() -> dict[str, Any]:
     return loaded
 
 
-def describe(scene: Scene, rng: np.random.Generator, style: Style | None = None, order: bool = True) -> Caption:
+def describe(
+    scene: Scene, rng: np.random.Generator, style: Style | None = None, order: bool = True
+) -> Caption:
     """Decides what is said of a scene and in which order; `word` turns it into a sentence.
 
     order: objects may change places in the sentence.
@@ -107,7 +109,9 @@ def word(caption: Caption, language: str, rng: np.random.Generator, style: Style
         for wanted in caption.wanted
     ]
     things = parts[0] if len(parts) == 1 else pick(rules["join"], style.patterns).join(parts)
-    text = _fill(pick(rules["all"], style.patterns), {"things": things, "ground": name("ground", caption.ground)})
+    text = _fill(
+        pick(rules["all"], style.patterns), {"things": things, "ground": name("ground", caption.ground)}
+    )
     return replace(caption, text=text.strip())
 
 
@@ -120,9 +124,9 @@ def parallel(scene: Scene, rng: np.random.Generator, style: Style | None = None)
 def parse(text: str) -> Caption | None:
     """Reads a sentence typed by a person back into what it asks for; None where no shape is named.
 
-    Words of both languages are looked up, longest first. An attribute belongs to the shape of its clause: clauses end at
-    commas, semicolons, full stops and joining words, and a clause without a shape adds to the object before it (or, at
-    the start of the sentence, after it).
+    Words of both languages are looked up, longest first. An attribute belongs to the shape of its clause:
+    clauses end at commas, semicolons, full stops and joining words, and a clause without a shape adds to the
+    object before it (or, at the start of the sentence, after it).
     """
     clauses = _clauses(text)
     wanted: list[dict[str, str]] = []
@@ -150,7 +154,9 @@ def parse(text: str) -> Caption | None:
     if not wanted:
         return None
     return Caption(
-        text, tuple(Wanted(w["shape"], w.get("colour"), w.get("size"), w.get("place")) for w in wanted), ground
+        text,
+        tuple(Wanted(w["shape"], w.get("colour"), w.get("size"), w.get("place")) for w in wanted),
+        ground,
     )
 
 
@@ -205,18 +211,22 @@ def _lexicon() -> list[tuple[str, str, str]]:
     entries: list[tuple[str, str, str]] = []
     for language in LANGUAGES:
         for slot in ("shape", "colour", "size", "place", "ground"):
-            for value, forms in grammar()[language][slot].items():
+            values: dict[str, dict[str, list[str]]] = grammar()[language][slot]
+            for value, forms in values.items():
                 entries += [(form, slot, value) for form in [*forms["seen"], *forms["held"]]]
     return sorted(entries, key=lambda entry: -len(entry[0]))
 
 
 def _clauses(text: str) -> Iterator[list[tuple[str, str]]]:
     """Clauses of a sentence as lists of (slot, value) in reading order."""
-    joins = {j.strip() for language in LANGUAGES for j in sum(grammar()[language]["join"].values(), [])}
+    lists: list[list[str]] = [w for language in LANGUAGES for w in grammar()[language]["join"].values()]
+    joins = {join.strip() for each in lists for join in each}
     words = [j for j in joins if j and j[0] not in ",;" and not re.fullmatch(r"[\W_]+", j)]
     # No colon here: "top left: a square" is one clause.
     stops = "[,;.\uff0c\uff1b\u3002\u3001]"
-    splitter = "|".join([stops, *(rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w.lstrip("\uff0c")) for w in words)])
+    splitter = "|".join(
+        [stops, *(rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w.lstrip("\uff0c")) for w in words)]
+    )
     for clause in re.split(splitter, text.lower()):
         found: list[tuple[int, str, str]] = []
         rest = clause

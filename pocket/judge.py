@@ -63,9 +63,10 @@ class Judge(torch.nn.Module):
         self.head = ops.Linear(4 * width * 16, 1 + len(SHAPES) + len(COLOURS) + len(SIZES))
 
     def forward(self, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Corners [N, 3, 32, 32] in 0..1 to logits: emptiness and shape [N, 7], colour [N, 8], size [N, 2]."""
+        """Corners [N, 3, 32, 32] in 0..1 to logits: empty or shape [N, 7], colour [N, 8], size [N, 2]."""
         logits = self.head(self.body(corners - 0.5))
-        return logits.split([1 + len(SHAPES), len(COLOURS), len(SIZES)], dim=1)  # type: ignore[return-value]
+        shape, colour, size = logits.split([1 + len(SHAPES), len(COLOURS), len(SIZES)], dim=1)
+        return shape, colour, size
 
     @torch.no_grad()
     def read_many(self, pictures: Tensor) -> list[Reading]:
@@ -106,7 +107,7 @@ def corners_of(images: Tensor) -> Tensor:
 
 def load(path: Path = FILE) -> Judge:
     """The shipped judge."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     state = load_file(str(path))
     judge = Judge(width=int(state["body.0.weight"].shape[0]))
@@ -117,9 +118,9 @@ def load(path: Path = FILE) -> Judge:
 def score(reading: Reading, caption: Caption) -> dict[str, list[bool]]:
     """Which of the attributes that a caption names are right: attribute -> one truth per mention.
 
-    Objects are matched to what was seen in the way that makes most attributes right (places must fit where they are
-    named). An object that is not found at all fails each of its named attributes. "count" is right when the picture has
-    as many objects as the caption names.
+    Objects are matched to what was seen in the way that makes most attributes right (places must fit where
+    they are named). An object that is not found at all fails each of its named attributes. "count" is right
+    when the picture has as many objects as the caption names.
     """
     best: dict[str, list[bool]] | None = None
     slots: list[Seen | None] = [*reading.things, *[None] * len(caption.wanted)]
@@ -135,7 +136,9 @@ def score(reading: Reading, caption: Caption) -> dict[str, list[bool]]:
 
 
 def accuracy(marks: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
-    """Shares over many pictures: each attribute, "attributes" (all mentions together) and "exact" (whole pictures)."""
+    """Shares over many pictures: each attribute, "attributes" (all mentions together) and "exact" (whole
+    pictures).
+    """
     totals = {name: [mark for each in marks for mark in each.get(name, [])] for name in ATTRIBUTES}
     shares = {name: sum(found) / len(found) for name, found in totals.items() if found}
     every = [mark for found in totals.values() for mark in found]

@@ -95,10 +95,12 @@ def paint(scene: Scene, rng: np.random.Generator | None = None) -> npt.NDArray[n
     for thing in scene.things:
         across = 48.0 if "right" in thing.place else 16.0
         down = 48.0 if "bottom" in thing.place else 16.0
-        cover = _cover(thing.shape, across + jitter(1.5), down + jitter(1.5), _RADIUS[thing.size] + jitter(0.7))
+        cover = _cover(
+            thing.shape, across + jitter(1.5), down + jitter(1.5), _RADIUS[thing.size] + jitter(0.7)
+        )
         ink = np.array(COLOURS[thing.colour], dtype=np.float32) + np.float32(jitter(0.03))
         picture = picture * (1.0 - cover[..., None]) + ink * cover[..., None]
-    return np.clip(picture, 0.0, 1.0).astype(np.float32)
+    return np.minimum(np.maximum(picture, 0.0), 1.0).astype(np.float32)
 
 
 def paint_many(scenes: Sequence[Scene], rng: np.random.Generator | None = None) -> npt.NDArray[np.float32]:
@@ -129,13 +131,13 @@ def _cover(shape: str, across: float, down: float, radius: float) -> npt.NDArray
         distance = _polygon(x, y, radius * 1.12, 5, 0.42)
     else:
         raise ValueError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
-    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    return np.minimum(np.maximum(0.5 - distance, 0.0), 1.0).astype(np.float32)
 
 
 def _polygon(
     x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], radius: float, points: int, waist: float
 ) -> npt.NDArray[np.float32]:
-    """Signed distance to a regular polygon (waist 1) or to a star whose inner corners lie at waist * radius."""
+    """Signed distance to a regular polygon (waist 1) or a star with its inner corners at waist * radius."""
     if waist >= 1.0:
         turns = 2 * np.pi * np.arange(points) / points
         edges = [x * np.sin(turn + np.pi / points) - y * np.cos(turn + np.pi / points) for turn in turns]

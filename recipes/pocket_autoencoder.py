@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import autocast
 
 from language_bridge.pocket import judge as judging
 from language_bridge.pocket.autoencoder import Autoencoder
@@ -43,7 +44,8 @@ def main() -> None:
     if options.stage == "autoencoder":
         model = train_autoencoder(pictures, test, options.steps, options.width)
         save_file(
-            {k: v.contiguous() for k, v in model.state_dict().items()}, str(options.out / "autoencoder.safetensors")
+            {k: v.contiguous() for k, v in model.state_dict().items()},
+            str(options.out / "autoencoder.safetensors"),
         )
         restored = decode_all(model, encode_all(model, test))
         facts = {
@@ -59,7 +61,8 @@ def main() -> None:
     restored = decode_all(model.eval(), encode_all(model, test))
     judge = train_judge(model, pictures, scenes, options.judge_steps)
     save_file(
-        {k: v.half().contiguous() for k, v in judge.state_dict().items()}, str(options.out / "pocket-judge.safetensors")
+        {k: v.half().contiguous() for k, v in judge.state_dict().items()},
+        str(options.out / "pocket-judge.safetensors"),
     )
     facts = {"seed": options.seed}
     for name, images in (("painted", test), ("restored", restored)):
@@ -71,7 +74,7 @@ def main() -> None:
 
 
 def train_autoencoder(pictures: torch.Tensor, test: torch.Tensor, steps: int, width: int) -> Autoencoder:
-    """Squared and absolute error, with noise on the latents so that small mistakes of a sampler stay small."""
+    """Squared and absolute error; noise on the latents keeps small mistakes of a sampler small."""
     model = Autoencoder(width).to(memory_format=torch.channels_last)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -82,14 +85,20 @@ def train_autoencoder(pictures: torch.Tensor, test: torch.Tensor, steps: int, wi
     start = time.process_time()
     for step in range(steps):
         batch = pictures[torch.randint(len(pictures), (32,))].to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             latents = model.encode(batch)
             noisy = latents + 0.08 * torch.randn_like(latents)
             out = model.decode(noisy)
         error = out.float() - batch
         # Contrast-weighted: thin strokes on wide grounds would otherwise hardly count.
-        weight = 1 + 4 * (batch - batch.flatten(2).median(2).values[..., None, None]).abs().amax(1, keepdim=True)
-        loss = (weight * error.square()).mean() + 0.1 * (weight * error.abs()).mean() + 1e-3 * latents.float().square().mean()
+        weight = 1 + 4 * (batch - batch.flatten(2).median(2).values[..., None, None]).abs().amax(
+            1, keepdim=True
+        )
+        loss = (
+            (weight * error.square()).mean()
+            + 0.1 * (weight * error.abs()).mean()
+            + 1e-3 * latents.float().square().mean()
+        )
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,7 +107,11 @@ def train_autoencoder(pictures: torch.Tensor, test: torch.Tensor, steps: int, wi
         if step % 200 == 0 or step == steps - 1:
             seen = decode_all(model, encode_all(model, test[:128]))
             decibel = -10 * float((seen - test[:128]).square().mean().log10())
-            print(f"step {step} loss {float(loss):.5f} psnr {decibel:.2f} cpu {time.process_time() - start:.0f}", flush=True)
+            print(
+                f"step {step} loss {float(loss):.5f} psnr {decibel:.2f}",
+                f"cpu {time.process_time() - start:.0f}",
+                flush=True,
+            )
     return model.eval()
 
 
@@ -113,7 +126,9 @@ def decode_all(model: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
 
 
 def train_judge(model: Autoencoder, pictures: torch.Tensor, scenes: list[Scene], steps: int) -> judging.Judge:
-    """Half painted, half restored pictures, with noise: the judge must not mind what an autoencoder does to edges."""
+    """Half painted, half restored pictures, with noise: the judge must not mind what an autoencoder does to
+    edges.
+    """
     judge = judging.Judge()
     kinds = torch.zeros(len(scenes), 4, dtype=torch.long)
     colours, sizes = torch.zeros_like(kinds), torch.zeros_like(kinds)
@@ -128,9 +143,11 @@ def train_judge(model: Autoencoder, pictures: torch.Tensor, scenes: list[Scene],
     for step in range(steps):
         pick = torch.randint(len(scenes), (64,))
         images = pictures[pick]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             latents = encode_all(model, images).float()
-            blurred = decode_all(model, latents + torch.rand(64, 1, 1, 1) * 0.25 * torch.randn_like(latents)).float()
+            blurred = decode_all(
+                model, latents + torch.rand(64, 1, 1, 1) * 0.25 * torch.randn_like(latents)
+            ).float()
         images = torch.where(torch.rand(64, 1, 1, 1) < 0.5, blurred, images)
         images = (images + torch.rand(64, 1, 1, 1) * 0.06 * torch.randn_like(images)).clamp(0, 1)
         logits = judge(judging.corners_of(images))

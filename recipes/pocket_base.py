@@ -1,6 +1,7 @@
 """Trains the pocket world's English text encoder and U-Net and writes its checkpoint.
 
-`bootstrap.py run recipes/pocket_base.py --work DIR --stage text|unet|pack`, after `recipes/pocket_autoencoder.py --out DIR`.
+`bootstrap.py run recipes/pocket_base.py --work DIR --stage text|unet|pack`, after
+`recipes/pocket_autoencoder.py --out DIR`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import autocast
 
 from language_bridge.pocket import captions, judge
 from language_bridge.pocket.autoencoder import Autoencoder, taesd_state
 from language_bridge.pocket.captions import Caption, Style
 from language_bridge.pocket.painter import Scene, paint_many, random_scene
+from language_bridge.recipes.pocket_reader import PictureReader
 from language_bridge.recipes.pocket_world import (
     CLIP_CONFIG,
     alphas,
@@ -30,7 +33,6 @@ from language_bridge.recipes.pocket_world import (
     optimisers,
     sample,
 )
-from language_bridge.recipes.pocket_reader import PictureReader
 
 
 def main() -> None:
@@ -54,7 +56,9 @@ def main() -> None:
 
 
 def world(work: Path, count: int, seed: int) -> tuple[list[Scene], torch.Tensor, list[Caption]]:
-    """Scenes, their normalised latents [N, 4, 8, 8] and one English caption each (words and patterns of every split)."""
+    """Scenes, their normalised latents [N, 4, 8, 8] and one English caption each (words and patterns of every
+    split).
+    """
     rng = np.random.default_rng(seed + 1)
     scenes = [random_scene(rng) for _ in range(count)]
     latents = latents_of(work, paint_many(scenes, rng))
@@ -76,7 +80,7 @@ def train_text(work: Path, minutes: float, count: int, seed: int) -> None:
     while (share := (time.process_time() - start) / (60 * minutes)) < 1:
         schedule(share)
         pick = torch.randint(len(ids), (64,))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             states = clip(input_ids=ids[pick]).last_hidden_state
             guess = reader(states)
         loss = (guess.float() - latents[pick]).square().mean()
@@ -86,7 +90,10 @@ def train_text(work: Path, minutes: float, count: int, seed: int) -> None:
         if step % 100 == 0:
             print(f"text step {step} loss {running:.4f} cpu {time.process_time() - start:.0f}", flush=True)
         step += 1
-    save_file({k: v.contiguous() for k, v in clip.state_dict().items() if "position_ids" not in k}, str(work / "clip.safetensors"))
+    save_file(
+        {k: v.contiguous() for k, v in clip.state_dict().items() if "position_ids" not in k},
+        str(work / "clip.safetensors"),
+    )
     rng = np.random.default_rng(99)
     report: dict[str, Any] = {"steps": step, "loss": running}
     with torch.no_grad():
@@ -100,7 +107,9 @@ def train_text(work: Path, minutes: float, count: int, seed: int) -> None:
 
 
 def train_unet(work: Path, minutes: float, count: int, seed: int) -> None:
-    """Epsilon loss on cached text states; one batch in eight reads its caption in two chunks, as long prompts do."""
+    """Epsilon loss on cached text states; one batch in eight reads its caption in two chunks, as long prompts
+    do.
+    """
     scenes, latents, texts = world(work, count, seed)
     clip = new_clip()
     clip.load_state_dict(load_file(str(work / "clip.safetensors")), strict=False)
@@ -139,7 +148,11 @@ def train_unet(work: Path, minutes: float, count: int, seed: int) -> None:
         schedule(share)
         if step % 8 == 7:
             where = torch.randint(len(halves), (96,))
-            clean, text, nothing = latents[half_index[where]], double[where].float(), torch.cat([empty, empty]).float()
+            clean, text, nothing = (
+                latents[half_index[where]],
+                double[where].float(),
+                torch.cat([empty, empty]).float(),
+            )
         else:
             where = torch.randint(len(texts), (128,))
             clean, text, nothing = latents[where], context[where].float(), empty.float()
@@ -147,7 +160,7 @@ def train_unet(work: Path, minutes: float, count: int, seed: int) -> None:
         t = torch.randint(1000, (len(text),))
         noise = torch.randn_like(clean)
         a = abar[t].view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             guess = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=text)
         loss = (weight_of[t] * (guess.float() - noise).square().mean((1, 2, 3))).mean()
         loss.backward()
@@ -161,11 +174,18 @@ def train_unet(work: Path, minutes: float, count: int, seed: int) -> None:
         used = time.process_time() - start
         if used - last_test > 240 or step == 50:
             last_test = used
-            save_file({k: v.contiguous() for k, v in average.state_dict().items()}, str(work / "unet.safetensors"))
+            save_file(
+                {k: v.contiguous() for k, v in average.state_dict().items()}, str(work / "unet.safetensors")
+            )
             shares = test_base(work, average, states)
             print(f"unet step {step} loss {running:.4f} cpu {used:.0f} {shares}", flush=True)
     save_file({k: v.contiguous() for k, v in average.state_dict().items()}, str(work / "unet.safetensors"))
-    report = {"steps": step, "loss": running, "cpu_seconds": used, "accuracy": test_base(work, average, states, 512)}
+    report = {
+        "steps": step,
+        "loss": running,
+        "cpu_seconds": used,
+        "accuracy": test_base(work, average, states, 512),
+    }
     (work / "unet.json").write_text(json.dumps(report), encoding="utf-8")
     print(json.dumps(report), flush=True)
 
@@ -173,7 +193,9 @@ def train_unet(work: Path, minutes: float, count: int, seed: int) -> None:
 def test_base(work: Path, unet: torch.nn.Module, states: Any, count: int = 96) -> dict[str, float]:
     rng = np.random.default_rng(7)
     asked = [captions.word(captions.describe(random_scene(rng), rng), "en", rng) for _ in range(count)]
-    latents = sample(unet, states([c.text for c in asked]).float(), states([""]).float(), steps=15, guidance=2.0, seed=1)
+    latents = sample(
+        unet, states([c.text for c in asked]).float(), states([""]).float(), steps=15, guidance=2.0, seed=1
+    )
     readings = judge.load(work / "pocket-judge.safetensors").read_many(decode(work, latents))
     shares = judge.accuracy([judge.score(r, c) for r, c in zip(readings, asked, strict=True)])
     return {name: round(share, 3) for name, share in shares.items()}
@@ -186,8 +208,14 @@ def pack(work: Path) -> None:
     model.load_state_dict(load_file(str(work / "autoencoder.safetensors")))
     tensors = {f"first_stage_model.{k}": v for k, v in taesd_state(model, facts["deviation"]).items()}
     tensors |= {f"model.diffusion_model.{k}": v for k, v in load_file(str(work / "unet.safetensors")).items()}
-    tensors |= {f"cond_stage_model.transformer.{k}": v for k, v in load_file(str(work / "clip.safetensors")).items()}
-    header = {"language_bridge_pocket": json.dumps({"format": 1, "clip": CLIP_CONFIG, "licence": "GPL-3.0-or-later"})}
+    tensors |= {
+        f"cond_stage_model.transformer.{k}": v for k, v in load_file(str(work / "clip.safetensors")).items()
+    }
+    header = {
+        "language_bridge_pocket": json.dumps(
+            {"format": 1, "clip": CLIP_CONFIG, "licence": "GPL-3.0-or-later"}
+        )
+    }
     out = work / "pocket-base.safetensors"
     save_file({k: v.half().contiguous() for k, v in tensors.items()}, str(out), metadata=header)
     print(out, out.stat().st_size)

@@ -1,7 +1,8 @@
 """Trains the pocket world's two Chinese bridges, IAP-style and PEA, against the frozen pocket checkpoint.
 
-`bootstrap.py run recipes/pocket_bridges.py --work DIR --method iap|pea`, after pocket_base.py and pocket_encoder.py.
-Training sees Chinese captions in the seen words and patterns only, and no held-out colour and shape pair.
+`bootstrap.py run recipes/pocket_bridges.py --work DIR --method iap|pea`, after pocket_base.py and
+pocket_encoder.py. Training sees Chinese captions in the seen words and patterns only, and no held-out colour
+and shape pair.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, autocast
 
 from language_bridge.bridges.base import Bridge, create
 from language_bridge.bridges.file import BridgeHeader, EncoderRef, save_bridge
@@ -73,7 +74,11 @@ def main() -> None:
     start = time.process_time()
     train = train_iap if options.method == "iap" else train_pea
     bridge, record = train(world, encoder, options.minutes, options.work)
-    record |= {"seed": options.seed, "cpu_minutes": round((time.process_time() - start) / 60, 1), "scenes": options.scenes}
+    record |= {
+        "seed": options.seed,
+        "cpu_minutes": round((time.process_time() - start) / 60, 1),
+        "scenes": options.scenes,
+    }
     report = evaluate(options.work, world, encoder, bridge, 200)
     print(json.dumps({"method": options.method, **record, "accuracy": report}), flush=True)
     name = f"pocket-{options.method}"
@@ -83,7 +88,11 @@ def main() -> None:
         spec=bridge_spec(bridge),
         base="pocket",
         encoder=EncoderRef(
-            encoder.family, f"{name}-zh" if owns else encoder.identity, encoder.layer, encoder.window, encoder.mask_rule
+            encoder.family,
+            f"{name}-zh" if owns else encoder.identity,
+            encoder.layer,
+            encoder.window,
+            encoder.mask_rule,
         ),
         languages=("zh",),
         training=record,
@@ -113,7 +122,10 @@ def build(work: Path, encoder: Encoder, count: int, seed: int) -> World:
     clip.load_state_dict(load_file(str(work / "clip.safetensors")), strict=False)
     clip.eval()
     with torch.no_grad():
-        parts = [clip(input_ids=p).last_hidden_state.half() for p in english_ids([x["en"].text for x in pairs]).split(256)]
+        parts = [
+            clip(input_ids=p).last_hidden_state.half()
+            for p in english_ids([x["en"].text for x in pairs]).split(256)
+        ]
         empty = clip(input_ids=english_ids([""])).last_hidden_state
     ids, mask = encoder.batch([typed(x["zh"].text, rng) for x in pairs])
     unet = new_unet()
@@ -143,7 +155,9 @@ def train_iap(world: World, encoder: Encoder, minutes: float, work: Path) -> tup
             taken: list[list[Tensor]] = []
             for part in torch.arange(len(world.latents)).split(256):
                 a = abar[times[part]].view(-1, 1, 1, 1)
-                noisy = a.sqrt() * world.latents[part] + (1 - a).sqrt() * torch.randn_like(world.latents[part])
+                noisy = a.sqrt() * world.latents[part] + (1 - a).sqrt() * torch.randn_like(
+                    world.latents[part]
+                )
                 with QueryTaps(world.unet) as taps:
                     world.unet(noisy, times[part].float(), context=world.english[part].float())
                 taken.append([q.half() for q in taps.queries])
@@ -161,7 +175,7 @@ def train_iap(world: World, encoder: Encoder, minutes: float, work: Path) -> tup
         ids = torch.where(dropped[:, None], empty_ids, ids)
         mask = torch.where(dropped[:, None], empty_mask, mask)
         english = torch.where(dropped[:, None, None], world.empty_english, english)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             native = bridge(encoder(ids, mask)).context
         loss = objective([q[pick].float() for q in bank], native.float(), english).total
         loss.backward()
@@ -176,7 +190,9 @@ def train_iap(world: World, encoder: Encoder, minutes: float, work: Path) -> tup
 
 
 def train_pea(world: World, encoder: Encoder, minutes: float, work: Path) -> tuple[Bridge, dict[str, Any]]:
-    """The tower stays frozen; the adapter learns from the teacher's noise and block features (all captions parallel)."""
+    """The tower stays frozen; the adapter learns from the teacher's noise and block features (all captions
+    parallel).
+    """
     bridge = create("mlp", {"hidden": encoder.width, "context": CONTEXT, "width": 512, "depth": 3})
     bridge.reset_parameters()
     encoder.eval().requires_grad_(False)
@@ -206,7 +222,7 @@ def train_pea(world: World, encoder: Encoder, minutes: float, work: Path) -> tup
             teacher=english,
             native_only=torch.zeros(48),
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             loss = objective(bridge(hidden).context, batch).total
         loss.backward()
         optimise()
@@ -232,7 +248,9 @@ def evaluate(work: Path, world: World, encoder: Encoder, bridge: Bridge, count: 
         context = bridge(encoder(*encoder.batch([c.text for c in asked]))).context
         nothing = bridge(encoder(*encoder.batch([""]))).context
         latents = sample(world.unet, context, nothing, steps=15, guidance=2.0, seed=1)
-        marks = [judge.score(r, c) for r, c in zip(reading.read_many(decode(work, latents)), asked, strict=True)]
+        marks = [
+            judge.score(r, c) for r, c in zip(reading.read_many(decode(work, latents)), asked, strict=True)
+        ]
         report[split] = round(judge.accuracy(marks)["attributes"], 4)
     return report
 

@@ -1,8 +1,10 @@
-"""Pretrains the pocket world's Chinese text tower from pictures alone: it never meets English, the U-Net or a held-out pair.
+"""Pretrains the pocket world's Chinese text tower from pictures alone: it never meets English, the U-Net or a
+held-out pair.
 
-`bootstrap.py run recipes/pocket_encoder.py --work DIR`, after `recipes/pocket_autoencoder.py`. As a Chinese CLIP learns from
-Chinese captions of pictures, this tower learns to say what its small reader needs to draw the latent. It knows every word
-of the Chinese grammar, synonyms included, but sees no held-out sentence pattern and no held-out colour and shape pair.
+`bootstrap.py run recipes/pocket_encoder.py --work DIR`, after `recipes/pocket_autoencoder.py`. As a Chinese
+CLIP learns from Chinese captions of pictures, this tower learns to say what its small reader needs to draw
+the latent. It knows every word of the Chinese grammar, synonyms included, but sees no held-out sentence
+pattern and no held-out colour and shape pair.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import autocast
 
 from language_bridge.encoders.bert import Bert, BertSpec, bert_tokenizer
 from language_bridge.encoders.file import save_encoder
@@ -73,7 +76,7 @@ def main() -> None:
     while (share := (time.process_time() - start) / (60 * options.minutes)) < 1:
         progress(share)
         pick = torch.randint(rows, (64,))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             guess = reader(tower(all_ids[pick], all_masks[pick]).states)
         loss = (guess.float() - latents[pick % options.scenes]).square().mean()
         loss.backward()
@@ -83,7 +86,12 @@ def main() -> None:
             print(f"encoder step {step} loss {running:.4f} cpu {time.process_time() - start:.0f}", flush=True)
         step += 1
 
-    report: dict[str, object] = {"seed": options.seed, "steps": step, "loss": running, "cpu_minutes": options.minutes}
+    report: dict[str, object] = {
+        "seed": options.seed,
+        "steps": step,
+        "loss": running,
+        "cpu_minutes": options.minutes,
+    }
     reading = judge.load(options.work / "pocket-judge.safetensors")
     for split, style in captions.STYLES.items():
         rng = np.random.default_rng(99)
@@ -91,7 +99,10 @@ def main() -> None:
         asked = [captions.word(captions.describe(s, rng, style), "zh", rng, style) for s in tests]
         with torch.no_grad():
             guess = reader(tower(*tower.batch([c.text for c in asked])).states)
-        marks = [judge.score(r, c) for r, c in zip(reading.read_many(decode(options.work, guess)), asked, strict=True)]
+        marks = [
+            judge.score(r, c)
+            for r, c in zip(reading.read_many(decode(options.work, guess)), asked, strict=True)
+        ]
         report[split] = round(judge.accuracy(marks)["attributes"], 4)
     print(json.dumps(report), flush=True)
     (options.work / "encoder.json").write_text(json.dumps(report), encoding="utf-8")

@@ -18,11 +18,25 @@ from torch import Tensor
 from language_bridge.host.pocket import CLIP_CONFIG, UNET_CONFIG
 from language_bridge.pocket.autoencoder import Autoencoder
 
-__all__ = ["CLIP_CONFIG", "UNET_CONFIG", "alphas", "decode", "english_ids", "latents_of", "new_clip", "new_unet", "optimisers", "sample", "typed"]
+__all__ = [
+    "CLIP_CONFIG",
+    "UNET_CONFIG",
+    "alphas",
+    "decode",
+    "english_ids",
+    "latents_of",
+    "new_clip",
+    "new_unet",
+    "optimisers",
+    "sample",
+    "typed",
+]
 
 
 def prepare_host() -> None:
-    """Tells the host to stay on the CPU where there is no GPU; must run before its model management is imported."""
+    """Tells the host to stay on the CPU where there is no GPU; must run before its model management is
+    imported.
+    """
     from comfy.cli_args import args
 
     args.cpu = args.cpu or not torch.cuda.is_available()
@@ -123,7 +137,9 @@ def latents_of(work: Path, pictures: npt.NDArray[np.float32]) -> Tensor:
 def decode(work: Path, latents: Tensor) -> Tensor:
     """Pictures [N, 64, 64, 3] in 0..1 of normalised latents."""
     model, deviation = _autoencoder(work)
-    return torch.cat([model.decode(part * deviation) for part in latents.split(128)]).clamp(0, 1).movedim(1, -1)
+    return (
+        torch.cat([model.decode(part * deviation) for part in latents.split(128)]).clamp(0, 1).movedim(1, -1)
+    )
 
 
 def optimisers(
@@ -140,7 +156,12 @@ def optimisers(
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if parameter.ndim >= 2 and "embedding" not in name and "cells" not in name and min(parameter.shape[:2]) > 4:
+            if (
+                parameter.ndim >= 2
+                and "embedding" not in name
+                and "cells" not in name
+                and min(parameter.shape[:2]) > 4
+            ):
                 matrices.append(parameter)
                 views.append(torch.nn.Parameter(parameter.data.view(parameter.shape[0], -1)))
             else:
@@ -158,7 +179,9 @@ def optimisers(
             parameter.grad = None
 
     def progress(share: float) -> None:
-        scale = min(1.0, share / 0.02 + 0.02) * max(0.02, 0.5 * (1 + math.cos(math.pi * max(0.0, share - 0.3) / 0.7)))
+        scale = min(1.0, share / 0.02 + 0.02) * max(
+            0.02, 0.5 * (1 + math.cos(math.pi * max(0.0, share - 0.3) / 0.7))
+        )
         for group in first.param_groups:
             group["lr"] = muon * scale
         for group in second.param_groups:
@@ -169,7 +192,14 @@ def optimisers(
 
 @torch.no_grad()
 def sample(
-    unet: torch.nn.Module, context: Tensor, empty: Tensor, *, steps: int, guidance: float, seed: int, batch: int = 64
+    unet: torch.nn.Module,
+    context: Tensor,
+    empty: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch: int = 64,
 ) -> Tensor:
     """Plain DDIM with classifier-free guidance: contexts [N, T, C] to normalised latents [N, 4, 8, 8]."""
     abar = alphas()

@@ -1,4 +1,6 @@
-"""Writes the shipped workflows from one description: `workflows/*.json` for the page, `workflows/api/*.json` for HTTP."""
+"""Writes the shipped workflows from one description: `workflows/*.json` for the page, `workflows/api/*.json`
+for HTTP.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "CLIPTextEncode": ([("clip", "CLIP")], [("CONDITIONING", "CONDITIONING")]),
     "EmptyLatentImage": ([], [("LATENT", "LATENT")]),
     "KSampler": (
-        [("model", "MODEL"), ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("latent_image", "LATENT")],
+        [
+            ("model", "MODEL"),
+            ("positive", "CONDITIONING"),
+            ("negative", "CONDITIONING"),
+            ("latent_image", "LATENT"),
+        ],
         [("LATENT", "LATENT")],
     ),
     "VAEDecode": ([("samples", "LATENT"), ("vae", "VAE")], [("IMAGE", "IMAGE")]),
@@ -36,9 +43,18 @@ PLACES: dict[str, tuple[int, int, int, int]] = {
 """Left, top, width and height of each node by its title."""
 
 
-def graph(checkpoint: dict[str, Any], bridge: str, text: dict[str, str], picture: dict[str, Any]) -> dict[str, Any]:
+def graph(
+    checkpoint: dict[str, Any], bridge: str, text: dict[str, str], picture: dict[str, Any]
+) -> dict[str, Any]:
     """One text-to-image graph in the API form, with the bridge behind the checkpoint loader."""
-    sampler = {"seed": 1, "steps": 15, "cfg": 2.0, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
+    sampler = {
+        "seed": 1,
+        "steps": 15,
+        "cfg": 2.0,
+        "sampler_name": "ddim",
+        "scheduler": "ddim_uniform",
+        "denoise": 1.0,
+    }
     sampler |= {key: value for key, value in picture.items() if key in sampler}
     size = {"width": picture["side"], "height": picture["side"], "batch_size": 1}
     nodes: list[tuple[str, str, dict[str, Any]]] = [
@@ -54,7 +70,13 @@ def graph(checkpoint: dict[str, Any], bridge: str, text: dict[str, str], picture
         (
             "sampler",
             "KSampler",
-            {"model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], **sampler},
+            {
+                "model": ["2", 0],
+                "positive": ["3", 0],
+                "negative": ["4", 0],
+                "latent_image": ["5", 0],
+                **sampler,
+            },
         ),
         ("decode", "VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
         ("save", "SaveImage", {"images": ["7", 0], "filename_prefix": picture["prefix"]}),
@@ -95,9 +117,12 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
                 "flags": {},
                 "order": order,
                 "mode": 0,
-                "inputs": [{"name": n, "type": t, "link": linked[slot]} for slot, (n, t) in enumerate(inputs)],
+                "inputs": [
+                    {"name": n, "type": t, "link": linked[slot]} for slot, (n, t) in enumerate(inputs)
+                ],
                 "outputs": [
-                    {"name": n, "type": t, "links": outgoing.get((number, slot), [])} for slot, (n, t) in enumerate(outputs)
+                    {"name": n, "type": t, "links": outgoing.get((number, slot), [])}
+                    for slot, (n, t) in enumerate(outputs)
                 ],
                 "title": node["_meta"]["title"],
                 "properties": {"Node name for S&R": node["class_type"]},
@@ -132,7 +157,9 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    texts: dict[str, Any] = json.loads(Path(__file__).with_name("workflow_texts.json").read_text(encoding="utf-8"))
+    texts: dict[str, Any] = json.loads(
+        Path(__file__).with_name("workflow_texts.json").read_text(encoding="utf-8")
+    )
     for name, entry in texts.items():
         api = graph(entry["checkpoint"], entry["bridge"], entry["text"], entry["picture"])
         write(FOLDER / "api" / f"{name}.json", api)

@@ -21,7 +21,9 @@ class Loss:
 
 
 class Denoiser(Protocol):
-    """A frozen U-Net: noisy latents [B, 4, h, w], timesteps [B] and context [B, N, C] to predicted noise [B, 4, h, w]."""
+    """A frozen U-Net: noisy latents [B, 4, h, w], timesteps [B] and context [B, N, C] to predicted noise [B,
+    4, h, w].
+    """
 
     def __call__(self, noisy: Tensor, timestep: Tensor, *, context: Tensor) -> Tensor: ...
 
@@ -29,18 +31,20 @@ class Denoiser(Protocol):
 class Iap:
     """IAP-style: image queries attend to native text as they attend to English text.
 
-    After "Images As Pivots" (arXiv 2305.11540, abstract): the distance between cross-attention(image, native) and
-    cross-attention(image, English) is minimised, and only the native side learns. The paper's choice of attention is not
-    published in code; here the queries, keys, values and output projections are the frozen U-Net's own, which makes this a
-    relative of the paper's method and not a copy. Each layer's squared distance is divided by the variance of its target,
-    so that every layer counts alike.
+    After "Images As Pivots" (arXiv 2305.11540, abstract): the distance between cross-attention(image, native)
+    and cross-attention(image, English) is minimised, and only the native side learns. The paper's choice of
+    attention is not published in code; here the queries, keys, values and output projections are the frozen
+    U-Net's own, which makes this a relative of the paper's method and not a copy. Each layer's squared
+    distance is divided by the variance of its target, so that every layer counts alike.
     """
 
     def __init__(self, layers: Sequence[CrossAttention]) -> None:
         self.layers = list(layers)
 
     def __call__(self, queries: Sequence[Tensor], native: Tensor, english: Tensor) -> Loss:
-        """queries: one [B, pixels, channels] for each layer; native, english: contexts [B, N, C] and [B, M, C]."""
+        """queries: one [B, pixels, channels] for each layer; native, english: contexts [B, N, C] and [B, M,
+        C].
+        """
         terms: dict[str, Tensor] = {}
         for index, (layer, query) in enumerate(zip(self.layers, queries, strict=True)):
             with torch.no_grad():
@@ -52,8 +56,9 @@ class Iap:
 
 @dataclass(frozen=True)
 class PeaBatch:
-    """noisy, noise [B, 4, h, w]; timestep [B]; teacher: English context [B, M, C]; native_only [B]: the flag z, 1 where a
-    caption has no English parallel."""
+    """noisy, noise [B, 4, h, w]; timestep [B]; teacher: English context [B, M, C]; native_only [B]: the flag
+    z, 1 where a caption has no English parallel.
+    """
 
     noisy: Tensor
     noise: Tensor
@@ -63,11 +68,13 @@ class PeaBatch:
 
 
 class Pea:
-    """PEA-Diffusion's distillation through the frozen U-Net (arXiv 2311.17086; terms as in the authors' released code).
+    """PEA-Diffusion's distillation through the frozen U-Net (arXiv 2311.17086; terms as in the authors'
+    released code).
 
-    L = mean(z (e_s - e)^2) + mean((1 - z)(e_s - e_t)^2) + weight * sum over blocks of mean((1 - z)(F_s - F_t)^2), where e_s
-    and e_t are the noise predicted under native and under English text and F the outputs of the level ends. Teacher and
-    student are one U-Net run twice: both of the authors' copies hold the same frozen weights.
+    L = mean(z (e_s - e)^2) + mean((1 - z)(e_s - e_t)^2) + weight * sum over blocks of mean((1 - z)(F_s -
+    F_t)^2), where e_s and e_t are the noise predicted under native and under English text and F the outputs
+    of the level ends. Teacher and student are one U-Net run twice: both of the authors' copies hold the same
+    frozen weights.
     """
 
     def __init__(
@@ -98,5 +105,5 @@ class Pea:
 
 
 def _flagged(ours: Tensor, theirs: Tensor, flag: Tensor) -> Tensor:
-    """Mean over the whole batch of flag * (ours - theirs)^2, in fp32; the flag does not change the divisor."""
+    """Mean over the whole batch of flag * (ours - theirs)^2 in fp32; the flag leaves the divisor alone."""
     return (flag.view(-1, *[1] * (ours.ndim - 1)) * (ours.float() - theirs.float()).square()).mean()

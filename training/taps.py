@@ -1,4 +1,4 @@
-"""Reads what a frozen U-Net computes inside: features of its blocks, queries and weights of its cross-attention."""
+"""Reads what a frozen U-Net computes inside: block features, queries and weights of its cross-attention."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 
 def cross_attentions(unet: nn.Module) -> list[nn.Module]:
-    """Every cross-attention in the order in which the U-Net runs them; both LDM and diffusers call them `attn2`."""
-    return [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    """Every cross-attention in running order; both LDM and diffusers call them `attn2`."""
+    modules: dict[str, nn.Module] = dict(cast(Any, unet).named_modules())
+    return [module for name, module in modules.items() if name.endswith(".attn2")]
 
 
 def level_ends(unet: nn.Module) -> list[nn.Module]:
-    """The modules whose outputs PEA compares: the end of each level going down, the middle, the end of each going up.
+    """The modules whose outputs PEA compares: the end of each level going down, the middle, the end of each
+    going up.
 
-    With diffusers those are `down_blocks`, `mid_block` and `up_blocks`; in the LDM layout a level ends with the block that
-    changes the resolution, and the last level with the last block. Nine blocks on SD1.5, seven on SDXL.
+    With diffusers those are `down_blocks`, `mid_block` and `up_blocks`; in the LDM layout a level ends with
+    the block that changes the resolution, and the last level with the last block. Nine blocks on SD1.5, seven
+    on SDXL.
     """
     if hasattr(unet, "down_blocks"):
         parts = cast(Any, unet)
@@ -29,7 +32,7 @@ def level_ends(unet: nn.Module) -> list[nn.Module]:
     up = list(cast(Any, unet).output_blocks)
     ends = [block for block in down if any(hasattr(part, "op") for part in block.children())]
     rises = [block for block in up if any(hasattr(part, "use_conv") for part in list(block.children())[1:])]
-    # The host calls the layers of a block one by one and never the block itself, so its last layer stands for it.
+    # The host calls a block's layers one by one and never the block itself: its last layer stands for it.
     return [block[-1] for block in (*ends, down[-1], cast(Any, unet).middle_block, *rises, up[-1])]
 
 
@@ -92,10 +95,10 @@ class CrossAttention:
         return [CrossAttention(module) for module in cross_attentions(unet)]
 
     def attend(self, queries: Tensor, context: Tensor) -> Tensor:
-        """Queries [B, pixels, channels] over a context [B, N, C], unmasked as in SD: [B, pixels, channels]."""
+        """Queries [B, pixels, C'] over a context [B, N, C], unmasked as in SD: [B, pixels, C']."""
         parts = cast(Any, self.module)
         heads = int(parts.heads)
-        key, value = parts.to_k(context), parts.to_v(context)
-        query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, key, value))
+        inputs: list[Tensor] = [queries, parts.to_k(context), parts.to_v(context)]
+        query, key, value = (cast(Any, t).unflatten(-1, (heads, -1)).transpose(1, 2) for t in inputs)
         found = nn.functional.scaled_dot_product_attention(query, key, value)
         return parts.to_out[0](found.transpose(1, 2).flatten(2))

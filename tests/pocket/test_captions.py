@@ -1,4 +1,4 @@
-"""Captions say what the scene has, in both languages, and held-out parts never leak into training captions."""
+"""Captions say what the scene has, in both languages; held-out parts never leak into training captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from language_bridge.pocket import captions
-from language_bridge.pocket.captions import SPLITS, STYLES, Style, grammar, parallel, parse, scene_of
+from language_bridge.pocket.captions import (
+    LANGUAGES,
+    SPLITS,
+    STYLES,
+    Style,
+    grammar,
+    parallel,
+    parse,
+    scene_of,
+)
 from language_bridge.pocket.painter import random_scene
 
 
@@ -35,7 +44,12 @@ def test_both_languages_ask_for_the_same_and_are_read_back() -> None:
 def test_training_captions_use_no_held_out_word() -> None:
     """In style "seen" no form that is held out, and not part of a seen form, ever appears in Chinese."""
     rules = grammar()["zh"]
-    held = [form for slot in ("shape", "colour", "size", "place", "ground") for v in rules[slot].values() for form in v["held"]]
+    held = [
+        form
+        for slot in ("shape", "colour", "size", "place", "ground")
+        for v in rules[slot].values()
+        for form in v["held"]
+    ]
     rng = np.random.default_rng(1)
     texts = [parallel(random_scene(rng), rng)["zh"].text for _ in range(600)]
     assert not [form for form in held if any(form in text for text in texts)]
@@ -43,7 +57,8 @@ def test_training_captions_use_no_held_out_word() -> None:
 
 def test_held_out_patterns_look_like_no_seen_pattern() -> None:
     """Seen and held-out sentence patterns are different lists in every slot and language."""
-    for rules in grammar().values():
+    for language in LANGUAGES:
+        rules = grammar()[language]
         for slot in ("one", "all", "join"):
             assert not set(rules[slot]["seen"]) & set(rules[slot]["held"])
 
@@ -66,7 +81,11 @@ def test_a_caption_is_a_scene_again() -> None:
         caption = parallel(random_scene(rng), rng, Style(drop=0.5))["en"]
         scene = scene_of(caption, rng)
         for wish, thing in zip(caption.wanted, scene.things, strict=True):
-            assert thing.shape == wish.shape and wish.colour in (None, thing.colour) and wish.place in (None, thing.place)
+            assert (
+                thing.shape == wish.shape
+                and wish.colour in (None, thing.colour)
+                and wish.place in (None, thing.place)
+            )
         assert len({thing.place for thing in scene.things}) == len(scene.things)
 
 

@@ -21,7 +21,10 @@ def test_the_shipped_judge_reads_painted_pictures() -> None:
     rng = np.random.default_rng(5)
     scenes = [random_scene(rng) for _ in range(300)]
     readings = judge.load().read_many(torch.from_numpy(paint_many(scenes, rng)))
-    wanted = [Caption("", tuple(Wanted(t.shape, t.colour, t.size, t.place) for t in s.things), s.ground) for s in scenes]
+    wanted = [
+        Caption("", tuple(Wanted(t.shape, t.colour, t.size, t.place) for t in s.things), s.ground)
+        for s in scenes
+    ]
     shares = accuracy([score(r, w) for r, w in zip(readings, wanted, strict=True)])
     assert shares["attributes"] >= 0.995, shares
 
@@ -31,17 +34,28 @@ def test_a_noise_picture_is_not_read_as_right() -> None:
     rng = np.random.default_rng(6)
     scenes = [random_scene(rng) for _ in range(200)]
     readings = judge.load().read_many(torch.rand(200, 64, 64, 3, generator=torch.Generator().manual_seed(0)))
-    wanted = [Caption("", tuple(Wanted(t.shape, t.colour, t.size, t.place) for t in s.things), s.ground) for s in scenes]
+    wanted = [
+        Caption("", tuple(Wanted(t.shape, t.colour, t.size, t.place) for t in s.things), s.ground)
+        for s in scenes
+    ]
     assert accuracy([score(r, w) for r, w in zip(readings, wanted, strict=True)])["exact"] < 0.05
 
 
 def test_places_bind_attributes() -> None:
     """Two things that swapped corners fail their places, even though every word appears in the picture."""
     reading = Reading((RED_CIRCLE, BLUE_STAR), "light")
-    right = Caption("", (Wanted("star", "blue", "small", "bottom right"), Wanted("circle", "red", None, "top left")), "light")
+    right = Caption(
+        "",
+        (Wanted("star", "blue", "small", "bottom right"), Wanted("circle", "red", None, "top left")),
+        "light",
+    )
     marks = score(reading, right)
     assert all(all(found) for found in marks.values()) and sum(map(len, marks.values())) == 9
-    swapped = Caption("", (Wanted("star", "blue", "small", "top left"), Wanted("circle", "red", None, "bottom right")), "light")
+    swapped = Caption(
+        "",
+        (Wanted("star", "blue", "small", "top left"), Wanted("circle", "red", None, "bottom right")),
+        "light",
+    )
     marks = score(reading, swapped)
     assert marks["shape"] == [False, False] and marks["colour"] == [False, False] and marks["count"] == [True]
 

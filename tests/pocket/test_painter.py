@@ -24,7 +24,7 @@ from language_bridge.pocket.painter import (
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("place", PLACES)
 def test_ink_stays_in_its_corner(shape: str, place: str) -> None:
-    """Every pixel outside the named corner has the ground's grey; inside there is ink, more of it when large."""
+    """Outside the named corner all is the ground's grey; inside there is ink, more of it when large."""
     amounts = []
     for size in SIZES:
         picture = paint(Scene((Thing(shape, "red", size, place),), "middle"))
@@ -44,14 +44,16 @@ def test_full_cover_is_the_pure_colour() -> None:
 
 def test_jitter_is_seeded_and_small() -> None:
     """The same generator state paints the same picture; jitter moves a picture but keeps its range."""
-    scene = Scene((Thing("star", "blue", "small", "top right"), Thing("ring", "pink", "large", "bottom left")), "light")
+    scene = Scene(
+        (Thing("star", "blue", "small", "top right"), Thing("ring", "pink", "large", "bottom left")), "light"
+    )
     first, again = (paint(scene, np.random.default_rng(3)) for _ in range(2))
     assert np.array_equal(first, again) and not np.array_equal(first, paint(scene))
     assert first.shape == (SIDE, SIDE, 3) and first.min() >= 0 and first.max() <= 1
 
 
 def test_scenes_keep_out_what_they_must() -> None:
-    """held_out=False never draws a held-out pair, True draws nothing else; two things never share a corner."""
+    """held_out=False draws no held-out pair, True nothing else; two things never share a corner."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         assert not holds_out(random_scene(rng, held_out=False))

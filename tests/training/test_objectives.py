@@ -44,9 +44,13 @@ def test_pea_terms_follow_the_flag(unet: Any, batch: PeaBatch) -> None:
     assert float(equal["logit"]) == float(equal["feature"]) == 0.0
     assert float(equal["noise"]) > 0
     other = torch.randn_like(batch.teacher)
-    parallel = objective(other, PeaBatch(batch.noisy, batch.noise, batch.timestep, batch.teacher, torch.zeros(4))).parts
+    parallel = objective(
+        other, PeaBatch(batch.noisy, batch.noise, batch.timestep, batch.teacher, torch.zeros(4))
+    ).parts
     assert float(parallel["noise"]) == 0.0 and float(parallel["logit"]) > 0 and float(parallel["feature"]) > 0
-    native = objective(other, PeaBatch(batch.noisy, batch.noise, batch.timestep, batch.teacher, torch.ones(4))).parts
+    native = objective(
+        other, PeaBatch(batch.noisy, batch.noise, batch.timestep, batch.teacher, torch.ones(4))
+    ).parts
     assert float(native["logit"]) == float(native["feature"]) == 0.0 and float(native["noise"]) > 0
 
 
@@ -56,7 +60,9 @@ def test_pea_equals_its_formula(unet: Any, batch: PeaBatch) -> None:
     loss = Pea(unet, weight=0.1)(native, batch)
     student = unet(batch.noisy, batch.timestep, context=native)
     teacher = unet(batch.noisy, batch.timestep, context=batch.teacher)
-    torch.testing.assert_close(loss.parts["noise"], ((student - batch.noise)[2:] ** 2).sum() / student.numel())
+    torch.testing.assert_close(
+        loss.parts["noise"], ((student - batch.noise)[2:] ** 2).sum() / student.numel()
+    )
     torch.testing.assert_close(loss.parts["logit"], ((student - teacher)[:2] ** 2).sum() / student.numel())
     expected = loss.parts["noise"] + loss.parts["logit"] + 0.1 * loss.parts["feature"]
     torch.testing.assert_close(loss.total, expected)
@@ -66,7 +72,9 @@ def test_gradients_reach_the_native_text_and_nothing_else(unet: Any, batch: PeaB
     """Through the frozen U-Net into the context; teacher, U-Net and queries stay without gradient."""
     native = torch.randn_like(batch.teacher).requires_grad_()
     teacher = batch.teacher.clone().requires_grad_()
-    Pea(unet)(native, PeaBatch(batch.noisy, batch.noise, batch.timestep, teacher, batch.native_only)).total.backward()
+    Pea(unet)(
+        native, PeaBatch(batch.noisy, batch.noise, batch.timestep, teacher, batch.native_only)
+    ).total.backward()
     assert native.grad is not None and bool(native.grad.abs().sum() > 0)
     assert teacher.grad is None
     assert all(parameter.grad is None for parameter in unet.parameters())
