@@ -42,13 +42,25 @@ _OWNER = "bridge"
 
 @dataclass(frozen=True)
 class EncoderRef:
-    """The text tower that a bridge reads, and how it reads it."""
+    """The text tower that a bridge reads, and how it reads it.
+
+    digest: the SHA-256 of the tower's own header; empty where the bridge takes any tower of that identity.
+    """
 
     family: str
     identity: str
     layer: int
     window: int
     mask_rule: str
+    digest: str = ""
+
+    def differs(self, tower: EncoderHeader) -> str | None:
+        """Where a tower is not the one meant, as "found, expected"; None when it is the one."""
+        for name in ("family", "identity", "layer", "window", "mask_rule", "digest"):
+            found, expected = getattr(tower, name), getattr(self, name)
+            if found != expected and not (name == "digest" and not expected):
+                return f"{name} {found!r} against {expected!r}"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +186,7 @@ def load_bridge(
             "The file is not a bridge of Language Bridge.",
             f"no {METADATA_KEY!r} in its header",
             "a bridge file",
-            "Choose a file from the folder of bridges, or convert the published one first.",
+            "Choose a bridge file that Language Bridge has saved.",
         )
     header = BridgeHeader.from_json(text)
     spec = parse_spec(kind_class(header.kind).Spec, header.spec, f"bridge of kind {header.kind!r}")
@@ -210,9 +222,9 @@ def _is_tower(name: str) -> bool:
 
 
 def _require_same_tower(reference: EncoderRef, tower: EncoderHeader) -> None:
-    found = EncoderRef(tower.family, tower.identity, tower.layer, tower.window, tower.mask_rule)
-    if found != reference:
-        raise _disagree(f"tower {found}", f"tower {reference}")
+    difference = reference.differs(tower)
+    if difference is not None:
+        raise _disagree(f"tower {tower.identity!r} with {difference}", f"tower {reference}")
 
 
 def _disagree(found: str, expected: str) -> BridgeError:

@@ -110,7 +110,7 @@ def load_encoder(
             "The file is not a text tower of Language Bridge.",
             f"no {METADATA_KEY!r} in its header",
             "a tower file",
-            "Choose a file from the folder of text towers, or convert the published one first.",
+            "Choose a text tower that Language Bridge has saved.",
         )
     header = EncoderHeader.from_json(text)
     return unpack_encoder(header, guard.read_tensors(path, layout), ops=ops, device=device, dtype=dtype)

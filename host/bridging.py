@@ -1,4 +1,4 @@
-"""Takes a bridge by name to a bridged CLIP, with every check before the first weight is loaded."""
+"""Takes a bridge by name to a bridged CLIP, with every check of the headers before the first weight."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -
     path = folders.bridge_path(name)
     header = folders.bridge_header(path)
     _check(header, base, name)
+    tower_file = folders.files_of(name)[-1]
     ops, dtype = comfy.ops.manual_cast, tower_dtype()
     loaded = load_bridge(path, ops=ops, dtype=dtype)
     encoder = loaded.encoder
     if encoder is None:
-        encoder = load_encoder(folders.encoder_path(header.encoder, name), ops=ops, dtype=dtype)
+        encoder = load_encoder(tower_file, ops=ops, dtype=dtype)
     _check_width(encoder, loaded.bridge, name)
     tower = NativeTower(encoder, loaded.bridge)
     return BridgedClip.over(clip, Speech(tower, route, strength, base, name))

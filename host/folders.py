@@ -65,7 +65,7 @@ def bridge_header(path: Path) -> BridgeHeader:
             f"{path.name} is not a bridge file.",
             "a safetensors file without the header key language_bridge",
             "a bridge saved by Language Bridge",
-            "Choose another file. Published adapters are converted first; see the README.",
+            "Choose another file, one that Language Bridge has saved.",
         )
     return header
 
@@ -73,28 +73,24 @@ def bridge_header(path: Path) -> BridgeHeader:
 def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
     """The tower file that a bridge names, found by identity whatever its file name.
 
-    wanted: family, identity, layer, window and mask rule from the bridge's header. BridgeError names what is
-    missing, or how a tower of that name differs.
+    wanted: what the bridge's header says of its tower. BridgeError names what is missing, or how a tower of
+    that name differs.
     """
-    near: list[tuple[Path, EncoderHeader]] = []
+    near: list[tuple[Path, str]] = []
     for path, header in _towers():
         if header.identity != wanted.identity:
             continue
-        if (header.family, header.layer, header.window, header.mask_rule) == (
-            wanted.family,
-            wanted.layer,
-            wanted.window,
-            wanted.mask_rule,
-        ):
+        difference = wanted.differs(header)
+        if difference is None:
             return path
-        near.append((path, header))
+        near.append((path, difference))
     if near:
-        path, header = near[0]
+        path, difference = near[0]
         raise BridgeError(
             f"The text tower {wanted.identity!r} is not the one that the bridge {bridge} was trained with.",
-            f"{path.name}: {header.family}, layer {header.layer}, "
-            f"window {header.window}, mask {header.mask_rule}",
-            f"{wanted.family}, layer {wanted.layer}, window {wanted.window}, mask {wanted.mask_rule}",
+            f"{path.name}: {difference}",
+            f"{wanted.family}, layer {wanted.layer}, window {wanted.window}, mask {wanted.mask_rule}"
+            + (f", digest {wanted.digest}" if wanted.digest else ""),
             "Fetch the tower that belongs to this bridge into models/text_encoders.",
         )
     raise BridgeError(
@@ -103,6 +99,12 @@ def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
         f"a tower file: {wanted.family}, identity {wanted.identity!r}, window {wanted.window}",
         "Put the tower file into models/text_encoders (any file name) and queue again.",
     )
+
+
+def files_of(name: str) -> list[Path]:
+    """Every file that a bridge is made of: its own, and the tower's when that is another one."""
+    path = bridge_path(name)
+    return [path] if read_encoder_header(path) else [path, encoder_path(bridge_header(path).encoder, name)]
 
 
 def _towers() -> Iterator[tuple[Path, EncoderHeader]]:
@@ -130,5 +132,8 @@ def _bridge_roots() -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _tower_header(path: str, size: int, modified: int) -> EncoderHeader | None:
-    """The header of one file; size and time of change are only there to notice a new content."""
-    return read_encoder_header(path)
+    """The header of a file that is a tower and nothing else: one inside a bridge belongs to that bridge.
+
+    Size and time of change are only there to notice a new content.
+    """
+    return None if read_header(path) is not None else read_encoder_header(path)

@@ -60,12 +60,12 @@ class LanguageBridge(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, bridge: str, **_: object) -> str:
-        """A bridge file that was replaced is read again."""
+        """A bridge or tower file that was replaced is read again."""
         try:
-            facts = folders.bridge_path(bridge).stat()
+            facts = [path.stat() for path in folders.files_of(bridge)]
         except (OSError, ValueError):
             return bridge
-        return f"{bridge} {facts.st_size} {facts.st_mtime_ns}"
+        return f"{bridge} {[(fact.st_size, fact.st_mtime_ns) for fact in facts]}"
 
     @classmethod
     def execute(cls, model: object, clip: object, bridge: str, strength: float, route: str) -> io.NodeOutput:

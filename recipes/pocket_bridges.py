@@ -8,6 +8,7 @@ and shape pair.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch import Tensor, autocast
 from language_bridge.bridges.base import Bridge, create
 from language_bridge.bridges.file import BridgeHeader, EncoderRef, save_bridge
 from language_bridge.encoders.base import Encoder
-from language_bridge.encoders.file import load_encoder
+from language_bridge.encoders.file import load_encoder, read_encoder_header
 from language_bridge.pocket import captions, judge
 from language_bridge.pocket.painter import paint_many, random_scene
 from language_bridge.recipes.pocket_world import (
@@ -83,9 +84,12 @@ def main() -> None:
     print(json.dumps({"method": options.method, **record, "accuracy": report}), flush=True)
     name = f"pocket-{options.method}"
     owns = options.method == "iap"
+    tower_file = read_encoder_header(options.work / "pocket-zh-encoder.safetensors")
+    assert tower_file is not None
+    digest = "" if owns else tower_file.digest
     header = BridgeHeader(
         kind=bridge.kind,
-        spec=bridge_spec(bridge),
+        spec=dataclasses.asdict(bridge.spec),
         base="pocket",
         encoder=EncoderRef(
             encoder.family,
@@ -93,6 +97,7 @@ def main() -> None:
             encoder.layer,
             encoder.window,
             encoder.mask_rule,
+            digest,
         ),
         languages=("zh",),
         training=record,
@@ -105,12 +110,6 @@ def main() -> None:
     out = options.work / f"{name}.safetensors"
     save_bridge(out, header, bridge, encoder if owns else None, dtype=torch.float16)
     (options.work / f"{name}.json").write_text(json.dumps({**record, "accuracy": report}), encoding="utf-8")
-
-
-def bridge_spec(bridge: Bridge) -> dict[str, object]:
-    import dataclasses
-
-    return dataclasses.asdict(bridge.spec)
 
 
 def build(work: Path, encoder: Encoder, count: int, seed: int) -> World:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from language_bridge.bridges.file import (
 )
 from language_bridge.encoders import guard
 from language_bridge.encoders.bert import Bert, BertSpec, bert_tokenizer
+from language_bridge.encoders.file import save_encoder
 from language_bridge.tests.bridges.toys import MarkedOps, toy_bridge, toy_header, toy_hidden
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u7ea2", "\u732b", "a", "##b"]
@@ -111,15 +113,29 @@ def test_a_tower_travels_with_its_bridge(tmp_path: Path) -> None:
 
 def test_the_tower_must_be_the_one_in_the_header(tmp_path: Path) -> None:
     bridge = toy_bridge("mlp")
-    with pytest.raises(BridgeError, match="identity='other'"):
+    with pytest.raises(BridgeError, match="identity 'other' against"):
         save_bridge(tmp_path / "toy", toy_header(bridge), bridge, toy_tower("other"))
     save_bridge(tmp_path / "toy", toy_header(bridge), bridge, toy_tower())
     layout = guard.read_layout(tmp_path / "toy")
     tower = json.loads(layout.metadata[ENCODER_METADATA_KEY]) | {"layer": 0}
     metadata = dict(layout.metadata) | {ENCODER_METADATA_KEY: json.dumps(tower)}
     safetensors.torch.save_file(safetensors.torch.load_file(tmp_path / "toy"), tmp_path / "odd", metadata)
-    with pytest.raises(BridgeError, match="layer=0"):
+    with pytest.raises(BridgeError, match="layer 0 against"):
         load_bridge(tmp_path / "odd")
+
+
+def test_a_reference_with_a_digest_takes_that_training_of_the_tower_only(tmp_path: Path) -> None:
+    bridge, tower = toy_bridge("mlp"), toy_tower()
+    digest = save_encoder(tmp_path / "tower", tower).digest
+    header = toy_header(bridge)
+    named = dataclasses.replace(header, encoder=dataclasses.replace(header.encoder, digest=digest))
+    save_bridge(tmp_path / "toy", named, bridge, tower)
+    assert load_bridge(tmp_path / "toy").header.encoder.digest == digest
+    with torch.no_grad():
+        next(tower.parameters()).add_(1)
+    with pytest.raises(BridgeError, match="digest"):
+        save_bridge(tmp_path / "toy", named, bridge, tower)
+    save_bridge(tmp_path / "toy", header, bridge, tower)  # without a digest any training of the tower will do
 
 
 def test_unet_weights_come_back_and_must_be_announced(tmp_path: Path) -> None:

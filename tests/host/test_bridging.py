@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +241,14 @@ def test_a_replaced_bridge_file_is_read_again(sd1: Checkpoint, bridges: Path) ->
     assert LanguageBridge.fingerprint_inputs(bridge=path.name) != before
     words = "\u7ea2\u732b"
     assert same(encode(bridged(sd1, bridge=path.name)[1], words), encode(bridged(sd1, "mlp")[1], words))
+
+
+def test_a_replaced_tower_file_is_read_again(bridges: Path, towers: Path) -> None:
+    before = LanguageBridge.fingerprint_inputs(bridge="mlp-sd1.safetensors")
+    own = LanguageBridge.fingerprint_inputs(bridge="identity-sd1.safetensors")
+    os.utime(towers / "tiny-zh.safetensors", ns=(1, 1))
+    assert LanguageBridge.fingerprint_inputs(bridge="mlp-sd1.safetensors") != before
+    assert LanguageBridge.fingerprint_inputs(bridge="identity-sd1.safetensors") == own
 
 
 # -- towers --------------------------------------------------------------------------------------------------

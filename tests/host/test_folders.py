@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -76,3 +77,35 @@ def test_a_header_is_read_again_when_the_tower_file_changes(
     assert folders.encoder_path(reference(second), "any") == path
     with pytest.raises(ValueError, match="first-zh"):
         folders.encoder_path(reference(first), "any")
+
+
+def test_a_tower_of_the_same_name_and_another_training_is_refused(
+    models: Path, tmp_path: Path, registry: dict
+) -> None:
+    from language_bridge.encoders.file import save_encoder
+    from language_bridge.tests.fixtures.towers import reference, tiny_tower
+
+    registry["text_encoders"] = ([str(tmp_path)], {".safetensors"})
+    trained, other = tiny_tower("same-zh", seed=1), tiny_tower("same-zh", seed=2)
+    path = tmp_path / "tower.safetensors"
+    wanted = dataclasses.replace(reference(trained), digest=save_encoder(path, trained).digest)
+    assert folders.encoder_path(wanted, "any") == path
+    save_encoder(path, other)
+    with pytest.raises(ValueError, match="not the one that the bridge any was trained with"):
+        folders.encoder_path(wanted, "any")
+    save_encoder(tmp_path / "right.safetensors", trained)
+    assert folders.encoder_path(wanted, "any") == tmp_path / "right.safetensors"
+
+
+def test_a_tower_inside_a_bridge_belongs_to_that_bridge_alone(
+    models: Path, tmp_path: Path, registry: dict
+) -> None:
+    from language_bridge.tests.fixtures.towers import reference, tiny_bridge, tiny_tower, write_bridge
+
+    tower = tiny_tower("inside-zh")
+    registry["language_bridges"] = ([str(tmp_path)], {".safetensors"})
+    bridge = tiny_bridge("mlp", "sd1", tower)
+    own = write_bridge(tmp_path / "own.safetensors", "sd1", bridge, tower, inside=True)
+    assert folders.files_of("own.safetensors") == [own]
+    with pytest.raises(ValueError, match="inside-zh"):
+        folders.encoder_path(reference(tower), "any")
