@@ -32,6 +32,7 @@ from language_bridge.recipes.pocket_world import (
     alphas,
     decode,
     english_ids,
+    half_width,
     latents_of,
     new_clip,
     new_unet,
@@ -126,7 +127,7 @@ def build(work: Path, encoder: Encoder, count: int, seed: int) -> World:
             for p in english_ids([x["en"].text for x in pairs]).split(256)
         ]
         empty = clip(input_ids=english_ids([""])).last_hidden_state
-    ids, mask = encoder.batch([typed(x["zh"].text, rng) for x in pairs])
+    ids, mask = encoder.batch([typed(x["zh"].text, rng, wide=0.0) for x in pairs])
     unet = new_unet()
     unet.load_state_dict(load_file(str(work / "unet.safetensors")))
     unet.eval().requires_grad_(False)
@@ -244,7 +245,7 @@ def evaluate(work: Path, world: World, encoder: Encoder, bridge: Bridge, count: 
         rng = np.random.default_rng(1234)
         tests = [random_scene(rng, held_out=split == "combinations") for _ in range(count)]
         asked = [captions.word(captions.describe(s, rng, style), "zh", rng, style) for s in tests]
-        context = bridge(encoder(*encoder.batch([c.text for c in asked]))).context
+        context = bridge(encoder(*encoder.batch([half_width(c.text) for c in asked]))).context
         nothing = bridge(encoder(*encoder.batch([""]))).context
         latents = sample(world.unet, context, nothing, steps=15, guidance=2.0, seed=1)
         marks = [

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from language_bridge.host.pocket import CLIP_CONFIG, UNET_CONFIG
 from language_bridge.pocket.autoencoder import Autoencoder
+from language_bridge.prompt.grammar import normalise
 
 __all__ = [
     "CLIP_CONFIG",
@@ -24,6 +25,7 @@ __all__ = [
     "alphas",
     "decode",
     "english_ids",
+    "half_width",
     "latents_of",
     "new_clip",
     "new_unet",
@@ -106,15 +108,17 @@ def english_ids(sentences: Sequence[str]) -> Tensor:
     return torch.tensor(rows)
 
 
-_HALF_WIDTH = str.maketrans("\uff0c\uff1b\uff1a\u3001\u3002\uff08\uff09", ",;:,.()")
+def half_width(text: str) -> str:
+    """The sentence as the node hands it to the tower: full-width grammar marks read like half-width ones."""
+    return normalise(text).text
 
 
-def typed(text: str, rng: np.random.Generator) -> str:
-    """The sentence as people type it: half of the time with half-width punctuation, sometimes with none."""
+def typed(text: str, rng: np.random.Generator, wide: float = 0.4) -> str:
+    """The sentence as people type it: a tenth with no punctuation, a share `wide` full-width."""
     chance = rng.random()
     if chance < 0.1:
         return "".join(" " if sign in "\uff0c\uff1b\uff1a\u3001" else sign for sign in text)
-    return text.translate(_HALF_WIDTH) if chance < 0.6 else text
+    return half_width(text) if chance < 1 - wide else text
 
 
 @lru_cache(maxsize=2)
