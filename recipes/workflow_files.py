@@ -26,6 +26,7 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [("LATENT", "LATENT")],
     ),
     "VAEDecode": ([("samples", "LATENT"), ("vae", "VAE")], [("IMAGE", "IMAGE")]),
+    "ImageScaleBy": ([("image", "IMAGE")], [("IMAGE", "IMAGE")]),
     "SaveImage": ([("images", "IMAGE")], []),
 }
 """Inputs that take a link and outputs of each node that the workflows use: (name, type)."""
@@ -38,7 +39,8 @@ PLACES: dict[str, tuple[int, int, int, int]] = {
     "latent": (770, 440, 320, 110),
     "sampler": (1230, 60, 320, 270),
     "decode": (1590, 60, 200, 50),
-    "save": (1590, 160, 340, 360),
+    "enlarge": (1820, 60, 300, 90),
+    "save": (1590, 200, 530, 360),
 }
 """Left, top, width and height of each node by its title."""
 
@@ -79,8 +81,12 @@ def graph(
             },
         ),
         ("decode", "VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
-        ("save", "SaveImage", {"images": ["7", 0], "filename_prefix": picture["prefix"]}),
     ]
+    if "enlarge" in picture:  # 64 pixels are small on a page
+        enlarge = {"image": ["7", 0], "upscale_method": "bicubic", "scale_by": picture["enlarge"]}
+        nodes.append(("enlarge", "ImageScaleBy", enlarge))
+    save = {"images": [str(len(nodes)), 0], "filename_prefix": picture["prefix"]}
+    nodes.append(("save", "SaveImage", save))
     return {
         str(number): {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
         for number, (title, kind, inputs) in enumerate(nodes, start=1)

@@ -69,8 +69,14 @@ def test_a_workflow_paints(path: Path, server: Server) -> None:
     )
     for picture in pictures:
         pixels = pixels_of(picture)
-        assert pixels.shape == (64, 64, 3)
+        side = 64 * round(_enlarged(graph))
+        assert pixels.shape == (side, side, 3)
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 16  # neither black nor one colour
+
+
+def _enlarged(graph: Any) -> float:
+    factors = [node["inputs"]["scale_by"] for node in graph.values() if node["class_type"] == "ImageScaleBy"]
+    return factors[0] if factors else 1.0
 
 
 def test_an_english_prompt_paints_the_same_picture_with_and_without_the_node(server: Server) -> None:
