@@ -1,5 +1,5 @@
 """Text towers: text -> token ids -> hidden states; one file, one family."""
 
-from .base import Encoder, EncoderSpec, Piece, create_encoder, families
+from .base import Encoder, EncoderSpec, Piece, create_encoder, families, identify_encoder
 
-__all__ = ["Encoder", "EncoderSpec", "Piece", "create_encoder", "families"]
+__all__ = ["Encoder", "EncoderSpec", "Piece", "create_encoder", "families", "identify_encoder"]

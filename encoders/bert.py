@@ -6,22 +6,37 @@ erf-GELU). Dropout is left out: the tower is read or fine-tuned, and a reader mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..bridges.base import Hidden, Ops, require_sizes
+from ..bridges.base import Hidden, require_sizes
 from ..bridges.errors import BridgeError
-from .base import Encoder, EncoderSpec, Piece, too_long
+from .base import (
+    Config,
+    Encoder,
+    EncoderSpec,
+    Layers,
+    Marks,
+    Origin,
+    Shapes,
+    count_layers,
+    find_stem,
+    marker_id,
+    real_setting,
+    whole_setting,
+)
+from .vocabulary import checked, need, settings_of, word_list
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PADDING, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
-STANDARD_DEVIATION = 0.02  # initializer_range of the published configurations
+WORDS = "embeddings.word_embeddings.weight"
+PLACES = "embeddings.position_embeddings.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,93 +62,122 @@ class BertSpec(EncoderSpec):
 
 
 class Bert(Encoder, family="bert"):
-    """BERT: states of the chosen layer; pooled = the raw [CLS] state, or its projection if there is one."""
+    """BERT: states of the chosen layer; pooled = the raw [CLS] state, or its projection if there is one.
+
+    Layers are numbered as in transformers' `hidden_states`: 0 = the normalised embeddings, -1 = the last
+    layer. BERT normalises inside each layer and has no final norm, so every layer is taken as it is.
+    """
 
     Spec = BertSpec
 
-    def __init__(
-        self,
-        spec: EncoderSpec,
-        tokenizer_json: bytes,
-        *,
-        identity: str,
-        window: int,
-        layer: int = -1,
-        mask_rule: str = "pad",
-        ops: Ops = torch.nn,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def find_marks(self, tokenizer: Tokenizer, filler: int | None) -> Marks:
+        """[CLS] text [SEP] [PAD] ..."""
+        marker_id(tokenizer, UNKNOWN)
+        start, end, padding = (marker_id(tokenizer, token) for token in (START, END, PADDING))
+        return Marks((start,), (end,), padding)
+
+    def build(self, spec: EncoderSpec, layers: Layers) -> None:
+        """Embeddings, layers and, if the spec has one, the projection."""
         assert isinstance(spec, BertSpec)
-        super().__init__(
-            spec, tokenizer_json, identity=identity, window=window, layer=layer, mask_rule=mask_rule
-        )
-        self._tokenizer = _read_tokenizer(self.tokenizer_json, spec.vocab)
-        self._padding, self._start, self._end = (
-            cast(int, self._tokenizer.token_to_id(token)) for token in (PADDING, START, END)
-        )
-        make = _Maker(ops, device, dtype)
-        self.embeddings = _Embeddings(spec, make)
+        self.embeddings = BertEmbeddings(spec, spec.window, layers)
         self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(_Layer(spec, make) for _ in range(spec.layers))
+        self.encoder.layer = nn.ModuleList(BertLayer(spec, layers) for _ in range(spec.layers))
         if spec.projection:
-            self.text_projection = make.linear(spec.width, spec.projection, bias=False)
+            self.text_projection = layers.linear(spec.width, spec.projection, bias=False)
 
     @property
     def pooled_width(self) -> int:
         """Width P of the pooled vector: the projection's, or the states' own."""
         return cast(BertSpec, self.spec).projection or self.spec.width
 
-    @property
-    def capacity(self) -> int:
-        """Pieces in one window beside [CLS] and [SEP]."""
-        return self.window - 2
-
-    def tokenize(self, text: str) -> list[Piece]:
-        """Cut `text` into WordPieces: lower-cased, each Chinese character by itself."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        pieces = zip(encoding.ids, encoding.offsets, strict=True)
-        return [Piece(number, start, end) for number, (start, end) in pieces]
-
-    def frame(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[CLS] ids [SEP] [PAD] ...: ids [window] int64 and mask [window] bool, True up to [SEP]."""
-        if len(ids) > self.capacity:
-            raise too_long(len(ids), self.capacity)
-        room = self.capacity - len(ids)
-        framed = torch.tensor([self._start, *ids, self._end, *[self._padding] * room], dtype=torch.int64)
-        return framed, torch.arange(self.window) < len(ids) + 2
-
     def forward(self, ids: Tensor, mask: Tensor) -> Hidden:
         """Read ids [B, T] under mask [B, T] bool: states [B, T, D] of the chosen layer, pooled [B, P]."""
-        mask = mask.bool()
-        visible = mask[:, None, None, :] if self.mask_rule == "pad" else None  # [B, 1, 1, T]
-        states = self.embeddings(ids)  # [B, T, D]
-        chosen = states
+        places = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
         projected = bool(cast(BertSpec, self.spec).projection)
-        layers = cast(nn.ModuleList, self.encoder.layer)
-        for number, layer in enumerate(layers[: None if projected else self.depth], start=1):
-            states = layer(states, visible)
-            if number == self.depth:
-                chosen = states
         # A projection was trained on the last layer, wherever the states are taken from.
-        pooled = self.text_projection(states[:, 0]) if projected else chosen[:, 0]
-        return Hidden(chosen, mask, pooled)
+        until = self.spec.layers if projected else self.depth
+        chosen, last = run_bert(self, self.embeddings(ids, places), mask.bool(), until)
+        pooled = self.text_projection(last[:, 0]) if projected else chosen[:, 0]
+        return Hidden(chosen, mask.bool(), pooled)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start as BERT does: matrices normal with deviation 0.02, biases zero, norms one."""
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=STANDARD_DEVIATION, generator=generator)
-                bias = cast("Tensor | None", getattr(module, "bias", None))
-                if bias is not None:
-                    nn.init.zeros_(bias)
+    @classmethod
+    def measure(cls, shapes: Shapes, config: Config) -> EncoderSpec | None:
+        """Two token types tell BERT from RoBERTa; heads and eps come from the config, or are BERT's own."""
+        stem = find_stem(shapes, WORDS)
+        sizes = None if stem is None else measure_bert(shapes, stem)
+        if stem is None or sizes is None or sizes["types"] != 2:
+            return None
+        projection = cls.origins_of_projection(stem, shapes)
+        shape = None if projection is None else projection.shape(shapes)
+        return BertSpec(
+            **sizes,
+            window=shapes[stem + PLACES][0],
+            heads=whole_setting(config, "num_attention_heads", default=max(sizes["width"] // 64, 1)),
+            eps=real_setting(config, "layer_norm_eps", default=1e-12),
+            projection=0 if shape is None else shape[0],
+        )
+
+    @classmethod
+    def origins(cls, spec: EncoderSpec, names: Iterable[str]) -> dict[str, Origin]:
+        """Stems: none, `bert.`, `module.bert.`, `text_model.`, `cond_stage_model.transformer.`, others."""
+        known = set(names)
+        stem = find_stem(known, WORDS) or ""
+        origins = {key: published_bert_key(stem + key, known) for key in cls.own_shapes(spec)}
+        projection = cls.origins_of_projection(stem, known)
+        if projection is not None:
+            origins["text_projection.weight"] = projection
+        return origins
+
+    @staticmethod
+    def origins_of_projection(stem: str, names: Iterable[str]) -> Origin | None:
+        """The projection stands outside the stem; cn_clip's is a matrix [in, out] without '.weight'."""
+        known = set(names)
+        outer = stem.removesuffix("bert.").removesuffix("text_model.")
+        if outer + "text_projection.weight" in known:
+            return Origin(outer + "text_projection.weight")
+        if outer != stem and outer + "text_projection" in known:
+            return Origin(outer + "text_projection", turned=True)
+        return None
+
+    @classmethod
+    def tokenizer_from(cls, files: Mapping[str, bytes]) -> bytes:
+        """From tokenizer.json, or vocab.txt with `do_lower_case` of tokenizer_config.json (default true)."""
+        if need(files, cls.family, ("tokenizer.json",), ("vocab.txt",)) == "tokenizer.json":
+            return checked(files["tokenizer.json"])
+        lowercase = settings_of(files).get("do_lower_case", True)
+        return bert_tokenizer(word_list(files["vocab.txt"]), lowercase=lowercase is not False)
 
 
-def bert_tokenizer(vocabulary: Sequence[str]) -> bytes:
-    """Return the JSON of a lower-casing BERT WordPiece tokenizer; ids are places in `vocabulary`.
+def measure_bert(shapes: Shapes, stem: str) -> dict[str, int] | None:
+    """Sizes that BERT and RoBERTa share (vocab, width, layers, inner, types), or None when one is missing."""
+    words, types = shapes[stem + WORDS], shapes.get(stem + "embeddings.token_type_embeddings.weight")
+    inner = shapes.get(stem + "encoder.layer.0.intermediate.dense.weight")
+    if types is None or inner is None or stem + PLACES not in shapes or len(words) != 2:
+        return None
+    layers = count_layers(shapes, stem + "encoder.layer.")
+    return {"vocab": words[0], "width": words[1], "layers": layers, "inner": inner[0], "types": types[0]}
+
+
+def published_bert_key(key: str, names: Container[str]) -> Origin:
+    """Old files say gamma and beta for the scale and the shift of a norm."""
+    old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    return Origin(old if key not in names and old in names else key)
+
+
+def run_bert(tower: Encoder, states: Tensor, mask: Tensor, until: int) -> tuple[Tensor, Tensor]:
+    """Run `until` layers over embeddings [B, T, D]: states after `tower.depth` of them, and after all."""
+    visible = mask[:, None, None, :] if tower.mask_rule == "pad" else None  # [B, 1, 1, T]
+    chosen = states
+    layers = cast(nn.ModuleList, cast(Any, tower).encoder.layer)
+    for number, layer in enumerate(layers[:until], start=1):
+        states = layer(states, visible)
+        if number == tower.depth:
+            chosen = states
+    return chosen, states
+
+
+def bert_tokenizer(vocabulary: Sequence[str], *, lowercase: bool = True) -> bytes:
+    """Return the JSON of a BERT WordPiece tokenizer; ids are places in `vocabulary`.
 
     `vocabulary` must hold [PAD], [UNK], [CLS] and [SEP]; pieces inside a word start with "##". BridgeError
     when one of the four is missing or an entry appears twice.
@@ -150,7 +194,7 @@ def bert_tokenizer(vocabulary: Sequence[str]) -> bytes:
             "Mend the vocabulary list.",
         )
     tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token=UNKNOWN, max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     special = [token for token in (PADDING, UNKNOWN, START, END, "[MASK]") if token in ids]
@@ -160,71 +204,23 @@ def bert_tokenizer(vocabulary: Sequence[str]) -> bytes:
     return tokenizer.to_str().encode("utf-8")
 
 
-def _read_tokenizer(tokenizer_json: bytes, vocab: int) -> Tokenizer:
-    from tokenizers import Tokenizer
+class BertEmbeddings(nn.Module):
+    """Word + place + type, normalised: ids [B, T] and places [B or 1, T] to [B, T, D]."""
 
-    try:
-        tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        ids = tokenizer.get_vocab().values()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic inside the Rust library is not an Exception
-        raise _bad_tokenizer(f"{type(error).__name__}: {error!s:.200}", "a tokenizer.json") from error
-    missing = [token for token in (PADDING, UNKNOWN, START, END) if tokenizer.token_to_id(token) is None]
-    if missing:
-        raise _bad_tokenizer(f"no {', '.join(missing)}", "a BERT tokenizer with its special tokens")
-    if max(ids) >= vocab:
-        raise _bad_tokenizer(f"token ids up to {max(ids)}", f"ids below {vocab}, the tower's vocabulary")
-    return tokenizer
-
-
-def _bad_tokenizer(found: str, expected: str) -> BridgeError:
-    return BridgeError(
-        "The text tower's tokenizer cannot be used.",
-        found,
-        expected,
-        "The file is damaged or does not belong to this tower; fetch or save it again.",
-    )
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Makes layers where and how the caller wants them."""
-
-    ops: Ops
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-    def linear(self, width_in: int, width_out: int, *, bias: bool = True) -> nn.Module:
-        return self.ops.Linear(width_in, width_out, bias=bias, device=self.device, dtype=self.dtype)
-
-    def norm(self, spec: BertSpec) -> nn.Module:
-        return self.ops.LayerNorm(spec.width, eps=spec.eps, device=self.device, dtype=self.dtype)
-
-    def embedding(self, rows: int, width: int) -> nn.Module:
-        return self.ops.Embedding(rows, width, device=self.device, dtype=self.dtype)
-
-
-class _Embeddings(nn.Module):
-    """Word + place + type, normalised."""
-
-    def __init__(self, spec: BertSpec, make: _Maker) -> None:
+    def __init__(self, spec: BertSpec, places: int, make: Layers) -> None:
         super().__init__()
         self.word_embeddings = make.embedding(spec.vocab, spec.width)
-        self.position_embeddings = make.embedding(spec.window, spec.width)
+        self.position_embeddings = make.embedding(places, spec.width)
         self.token_type_embeddings = make.embedding(spec.types, spec.width)
-        self.LayerNorm = make.norm(spec)
+        self.LayerNorm = make.norm(spec.width, spec.eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
         words = self.word_embeddings(ids) + self.token_type_embeddings(torch.zeros_like(ids))
         return self.LayerNorm(words + self.position_embeddings(places))
 
 
 class _SelfAttention(nn.Module):
-    def __init__(self, spec: BertSpec, make: _Maker) -> None:
+    def __init__(self, spec: BertSpec, make: Layers) -> None:
         super().__init__()
         self.heads = spec.heads
         self.query = make.linear(spec.width, spec.width)
@@ -243,17 +239,17 @@ class _SelfAttention(nn.Module):
 class _Residual(nn.Module):
     """LayerNorm(dense(new) + old)."""
 
-    def __init__(self, width: int, spec: BertSpec, make: _Maker) -> None:
+    def __init__(self, width: int, spec: BertSpec, make: Layers) -> None:
         super().__init__()
         self.dense = make.linear(width, spec.width)
-        self.LayerNorm = make.norm(spec)
+        self.LayerNorm = make.norm(spec.width, spec.eps)
 
     def forward(self, new: Tensor, old: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(new) + old)
 
 
 class _Attention(nn.Module):
-    def __init__(self, spec: BertSpec, make: _Maker) -> None:
+    def __init__(self, spec: BertSpec, make: Layers) -> None:
         super().__init__()
         self.self = _SelfAttention(spec, make)
         self.output = _Residual(spec.width, spec, make)
@@ -263,7 +259,7 @@ class _Attention(nn.Module):
 
 
 class _Intermediate(nn.Module):
-    def __init__(self, spec: BertSpec, make: _Maker) -> None:
+    def __init__(self, spec: BertSpec, make: Layers) -> None:
         super().__init__()
         self.dense = make.linear(spec.width, spec.inner)
 
@@ -271,8 +267,10 @@ class _Intermediate(nn.Module):
         return nn.functional.gelu(self.dense(states))
 
 
-class _Layer(nn.Module):
-    def __init__(self, spec: BertSpec, make: _Maker) -> None:
+class BertLayer(nn.Module):
+    """Attention and feed-forward, each with its norm after the sum: [B, T, D] to [B, T, D]."""
+
+    def __init__(self, spec: BertSpec, make: Layers) -> None:
         super().__init__()
         self.attention = _Attention(spec, make)
         self.intermediate = _Intermediate(spec, make)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..bridges.base import Ops
 from ..bridges.errors import BridgeError
 from . import guard
-from .base import Encoder, create_encoder
+from .base import Encoder, create_encoder, encoder_shapes
 
 if TYPE_CHECKING:
     from _typeshed import StrPath
@@ -164,8 +165,14 @@ def unpack_encoder(
             "Fetch or save the file again.",
         )
 
-    def build(ops: Ops, device: torch.device | str | None) -> Encoder:
-        return create_encoder(
+    # Shapes come first and from plain layers that hold no memory: a false header must not cost any.
+    shapes = encoder_shapes(header.family, header.spec)
+    expected = {PREFIX + key: shape for key, shape in shapes.items()}
+    expected[TOKENIZER] = tuple(tokenizer.shape)
+    guard.require_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _OWNER)
+    with ThreadPoolExecutor(1) as beside:  # hashing waits for nobody and lets other threads work
+        hashing = beside.submit(guard.digest, tensors)
+        encoder = create_encoder(
             header.family,
             header.spec,
             tokenizer.numpy().tobytes(),
@@ -177,12 +184,8 @@ def unpack_encoder(
             device=device,
             dtype=dtype,
         )
-
-    # Shapes come first and from plain layers that hold no memory: a false header must not cost any.
-    expected = {PREFIX + key: shape for key, shape in guard.shapes_of(build(torch.nn, "meta")).items()}
-    expected[TOKENIZER] = tuple(tokenizer.shape)
-    guard.require_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _OWNER)
-    found = guard.digest(tensors)
+        guard.fill(encoder, tensors, PREFIX, dtype, _OWNER)
+        found = hashing.result()
     if found != header.digest:
         raise BridgeError(
             "The text tower is not the one that its header was written for.",
@@ -190,6 +193,4 @@ def unpack_encoder(
             f"digest {header.digest}",
             "Fetch or save the file again.",
         )
-    encoder = build(ops, device)
-    guard.fill(encoder, tensors, PREFIX, dtype, _OWNER)
     return encoder
