@@ -11,14 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from .errors import BridgeError
 
+TIMESTEPS = 1000  # denoising steps that SD1.x, SD2.x and SDXL were trained with
+DEEPEST = 32  # no spec may ask for more layers in a row; keeps a hostile header from asking for millions
 LARGEST_SIZE = 1 << 24  # no size in a spec may be larger; keeps a hostile header from asking for terabytes
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,14 @@ class Bridge(nn.Module):
     Spec: ClassVar[type[BridgeSpec]] = BridgeSpec
     key_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Foreign key prefix -> our key prefix; keys without a matching prefix keep their name."""
+    timed: ClassVar[bool] = False
+    """Whether the context changes with the denoising step; if so, `forward` must be told the timestep."""
+    pools: ClassVar[bool] = True
+    """Whether a bridge of this kind can be asked for a pooled vector (`spec.pooled` > 0)."""
+    tokenwise: ClassVar[bool] = True
+    """Whether row i of the context stands for token i; otherwise rows stand for the text as a whole."""
+    hears_padding: ClassVar[bool] = False
+    """Whether padding changes the context of real tokens, because the published method has no mask."""
 
     spec: BridgeSpec
 
@@ -91,6 +103,13 @@ class Bridge(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if spec.pooled and not self.pools:
+            raise BridgeError(
+                f"A bridge of kind {self.kind!r} makes no pooled vector.",
+                f"pooled {spec.pooled}",
+                "pooled 0",
+                "Use it for a checkpoint that reads no pooled vector (SD1.x, SD2.x), or take another kind.",
+            )
         self.spec = spec
 
     def forward(self, hidden: Hidden, timestep: Tensor | None = None) -> Cond:
@@ -103,8 +122,56 @@ class Bridge(nn.Module):
         return None
 
     @classmethod
+    def part(cls, published: Mapping[str, Value]) -> dict[str, Value]:
+        """What of a published file (tensors, or their shapes, by name) is the bridge, under our names.
+
+        A kind whose files hold more than the bridge leaves that out here; whatever is left must be exactly
+        the bridge's own.
+        """
+        own = {cls.own_key(key): value for key, value in published.items()}
+        return own if len(own) == len(published) else dict(published)  # two names for one tensor fit nowhere
+
+    @classmethod
+    def adopt(cls, tensors: Mapping[str, Tensor], spec: BridgeSpec) -> dict[str, Tensor]:
+        """The state dict of a bridge of `spec` out of a published file; BridgeError when it does not fit.
+
+        Only the bridge's own tensors are looked up, so `tensors` may read them from the disk one by one.
+        """
+        own = {name: tensors[key] for name, key in cls.part({key: key for key in tensors}).items()}
+        expected, found = cls.shapes(spec), {key: tuple(value.shape) for key, value in own.items()}
+        if expected != found:
+            odd = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+            raise BridgeError(
+                f"The published file does not hold a bridge of kind {cls.kind!r} of these sizes.",
+                ", ".join(f"{key} {list(found[key]) if key in found else 'missing'}" for key in odd[:8]),
+                ", ".join(f"{key} {list(expected[key]) if key in expected else 'none'}" for key in odd[:8]),
+                "Fetch the file again, or choose what it really is.",
+            )
+        return own
+
+    @classmethod
+    def unet_part(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a published bridge file belongs into the U-Net, under LDM's names relative to the U-Net."""
+        return {}
+
+    @classmethod
+    def shapes(cls, spec: BridgeSpec) -> dict[str, tuple[int, ...]]:
+        """Shapes of the state dict of a bridge of `spec`; BridgeError when there is no such bridge."""
+        state = typing.cast("dict[str, Tensor]", cls(spec, device="meta").state_dict())
+        return {key: tuple(value.shape) for key, value in state.items()}
+
+    @classmethod
+    def exact(cls, own: Mapping[str, tuple[int, ...]], **sizes: int | bool) -> Any:
+        """The spec with `sizes` if a bridge of these has exactly the tensors `own`, else None."""
+        try:
+            spec = cls.Spec(**sizes)
+            return spec if cls.shapes(spec) == dict(own) else None
+        except BridgeError:
+            return None
+
+    @classmethod
     def own_key(cls, foreign: str) -> str:
-        """Translate one key of a foreign file with `key_map`."""
+        """Translate one key of a published file with `key_map`."""
         for prefix, ours in cls.key_map.items():
             if foreign.startswith(prefix):
                 return ours + foreign[len(prefix) :]
@@ -124,6 +191,37 @@ class Bridge(nn.Module):
                 f"[batch, tokens, {self.spec.hidden}]",
                 "Use the tower that the bridge file names in its header.",
             )
+
+    def require_tokens(self, mask: Tensor) -> None:
+        """Raise BridgeError when a text of `mask` [B, T] has no token that this bridge could read."""
+        if not bool(mask.any(dim=1).all()):
+            raise BridgeError(
+                f"This {self.kind} bridge has nothing to read.",
+                f"a text without tokens, of {tuple(mask.shape)} places",
+                "at least one token in each text",
+                "Use the tower and the window that the bridge file names in its header.",
+            )
+
+    def require_timestep(self, timestep: Tensor | None, batch: int) -> Tensor:
+        """Return `timestep` [B], each in 0..999; BridgeError unless there is one for each text."""
+        found = "none" if timestep is None else f"shape {tuple(timestep.shape)}"
+        if timestep is not None and timestep.shape == (batch,):
+            low, high = timestep.aminmax()
+            found = f"{float(low):g} to {float(high):g}"
+            if low >= 0 and high < TIMESTEPS:
+                return timestep
+        raise BridgeError(
+            f"This {self.kind} bridge must know the denoising step.",
+            f"timestep {found}",
+            f"a timestep for each of {batch} texts, 0 to {TIMESTEPS - 1}",
+            "Encode with the nodes of Language Bridge, which repeat the bridge at every step.",
+        )
+
+
+def extent(shapes: Mapping[str, tuple[int, ...]], key: str, axis: int = 0) -> int:
+    """Size of one axis of a tensor, or 0 when there is none."""
+    shape = shapes.get(key, ())
+    return shape[axis] if axis < len(shape) else 0
 
 
 def kinds() -> Mapping[str, type[Bridge]]:
@@ -187,8 +285,15 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> tuple[type[Bridge], Bridg
 
 # What towers share with bridges: sizes, registries, starting values.
 
-Value = TypeVar("Value")
 Registered = TypeVar("Registered", bound=type[nn.Module])
+
+
+@runtime_checkable
+class Starting(Protocol):
+    """A module that gives its own parameters their starting values."""
+
+    def start(self, generator: torch.Generator | None) -> None: ...
+
 
 _TYPES: Mapping[type, tuple[type, ...]] = {int: (int,), float: (float, int), bool: (bool,), str: (str,)}
 
@@ -230,6 +335,32 @@ def require_sizes(spec: object, **least: int) -> None:
             )
 
 
+def require_depth(spec: object, *names: str) -> None:
+    """Raise BridgeError when one of the named fields of `spec`, a number of layers, is above DEEPEST."""
+    for name in names:
+        value = getattr(spec, name)
+        if value > DEEPEST:
+            raise BridgeError(
+                f"{type(spec).__qualname__} asks for too many layers.",
+                f"{name} = {value}",
+                f"{name} <= {DEEPEST}",
+                "The file is damaged or was made by another version; fetch or save it again.",
+            )
+
+
+def require_divisible(spec: object, **divisors: int) -> None:
+    """Raise BridgeError unless each named field of `spec` is a multiple of its divisor."""
+    for name, divisor in divisors.items():
+        value = getattr(spec, name)
+        if value % divisor:
+            raise BridgeError(
+                f"A size in {type(spec).__qualname__} does not divide evenly.",
+                f"{name} = {value}",
+                f"a multiple of {divisor}",
+                "The file is damaged or was made by another version; fetch or save it again.",
+            )
+
+
 def register(registry: dict[str, Registered], noun: str, name: str, cls: Registered) -> None:
     """Add `cls` under `name`; BridgeError naming both modules when the name is taken."""
     taken = registry.get(name)
@@ -250,7 +381,10 @@ def import_folder(package: str, folder: Path) -> None:
 
 
 def reset_layers(root: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Start linear layers like torch.nn.Linear does, norms at one and zero; other layers are left alone."""
+    """Start linear layers like torch.nn.Linear does, norms at one and zero; other layers are left alone.
+
+    A module that holds parameters of its own starts them in a method `start(generator)`.
+    """
     for module in root.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
@@ -261,6 +395,9 @@ def reset_layers(root: nn.Module, generator: torch.Generator | None = None) -> N
             bias = typing.cast("Tensor | None", module.bias)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound, generator=generator)
+    for module in root.modules():
+        if isinstance(module, Starting):
+            module.start(generator)
 
 
 _KINDS: dict[str, type[Bridge]] = {}

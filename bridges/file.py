@@ -153,7 +153,9 @@ def save_bridge(
     """
     header.check()
     written = BridgeHeader.from_json(header.to_json())
-    if (header.kind, written.spec) != (bridge.kind, dataclasses.asdict(bridge.spec)):
+    told = dataclasses.asdict(bridge.spec)
+    # A field that an older version did not know yet stands at its default.
+    if header.kind != bridge.kind or _with_defaults(bridge, written.spec) != told:
         raise _disagree(f"{bridge.kind} {bridge.spec}", f"{header.kind} {dict(header.spec)}")
     tensors = guard.stored(bridge, PREFIX, dtype)
     metadata = {METADATA_KEY: header.to_json()}
@@ -215,6 +217,12 @@ def load_bridge(
     guard.fill(bridge, tensors, PREFIX, dtype, _OWNER)
     unet = {name[len(UNET_PREFIX) :]: tensors[name] for name in sorted(parts["unet"])}
     return LoadedBridge(header, bridge, encoder, unet)
+
+
+def _with_defaults(bridge: Bridge, spec: Mapping[str, object]) -> dict[str, object]:
+    fields = dataclasses.fields(bridge.Spec)
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {**defaults, **spec}
 
 
 def _is_tower(name: str) -> bool:

@@ -20,10 +20,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .base import LARGEST_SIZE, Bridge, BridgeSpec, Cond, Hidden, Ops, require_sizes
-from .errors import BridgeError
-
-DEEPEST = 32
+from .base import DEEPEST, LARGEST_SIZE, Bridge, BridgeSpec, Cond, Hidden, Ops, require_depth, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +34,7 @@ class MlpSpec(BridgeSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sizes(self, width=1, depth=1)
-        if self.depth > DEEPEST:
-            raise BridgeError(
-                "The mlp bridge is too deep.",
-                f"depth {self.depth}",
-                f"depth 1 to {DEEPEST}",
-                "The file is damaged or was made by another version; fetch or save it again.",
-            )
+        require_depth(self, "depth")
 
 
 class Mlp(Bridge, kind="mlp"):

@@ -152,6 +152,21 @@ def test_unet_weights_come_back_and_must_be_announced(tmp_path: Path) -> None:
     assert torch.equal(loaded.unet["middle_block.1.to_k.weight"], unet["middle_block.1.to_k.weight"])
 
 
+def test_a_header_of_an_older_version_is_kept_as_it_is(tmp_path: Path) -> None:
+    """A field that its version did not know stands at its default; any other difference is refused."""
+    bridge = toy_bridge("linear", 8)
+    old = {"hidden": 8, "context": 8, "pooled": 8}
+    save_bridge(tmp_path / "toy", toy_header(bridge, spec=old), bridge)
+    loaded = load_bridge(tmp_path / "toy")
+    assert loaded.header.spec == old and loaded.bridge.spec == bridge.spec
+    save_bridge(tmp_path / "again", loaded.header, loaded.bridge)
+    for odd in ({"norm": True}, {"hidden": 9}, {"stranger": 0}):
+        with pytest.raises(BridgeError, match="disagree"):
+            save_bridge(tmp_path / "odd", toy_header(bridge, spec=old | odd), bridge)
+    with pytest.raises(BridgeError, match="disagree"):
+        save_bridge(tmp_path / "odd", toy_header(bridge, spec={"context": 8, "pooled": 8}), bridge)
+
+
 def test_a_header_that_lies_about_the_bridge_is_not_written(tmp_path: Path) -> None:
     bridge = toy_bridge("mlp")
     for odd in ({"kind": "linear"}, {"spec": {"hidden": 9}}, {"base": "sd3"}, {"unet": "half"}):

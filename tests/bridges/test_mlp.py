@@ -62,6 +62,8 @@ def test_the_old_layout_is_recognised_and_its_keys_translated() -> None:
     assert recognised == spec
     bridge = create("mlp", spec, device="meta")
     assert {cls.own_key(key) for key in shapes} == set(bridge.state_dict())
+    adopted = cls.adopt({key: torch.zeros(shape, device="meta") for key, shape in shapes.items()}, spec)
+    assert {key: tuple(value.shape) for key, value in adopted.items()} == cls.shapes(spec)
 
 
 @pytest.mark.parametrize(

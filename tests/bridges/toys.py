@@ -35,6 +35,11 @@ def toy_spec(kind: str, pooled: int = 0) -> dict[str, object]:
     return spec | {"pooled": pooled}
 
 
+def pooled_widths(kind: str) -> tuple[int, ...]:
+    """Widths of a pooled vector that a toy of this kind can be asked for."""
+    return (0, WIDTH) if kinds()[kind].pools else (0,)
+
+
 def toy_bridge(kind: str, pooled: int = 0, **keywords: object) -> Bridge:
     bridge = create(kind, toy_spec(kind, pooled), **keywords)
     bridge.reset_parameters(torch.Generator().manual_seed(1))
