@@ -4,16 +4,19 @@ python install.py            prepare the model folder, say what is next
 python install.py list       what weights_manifest.json names
 python install.py verify     compare the shipped files with their hashes
 python install.py doctor     what was found on this machine
+python install.py convert    make published weights into our own files; convert --help says how
 python install.py demo|test  the command to type for it
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
 import re
 import sys
+import types
 from pathlib import Path
 
 if __package__:
@@ -25,6 +28,7 @@ else:
 
 PACK = Path(__file__).resolve().parent
 MODEL_FOLDER = "language_bridges"
+TOWER_FOLDER = "text_encoders"
 NEEDED = ("torch", "numpy", "PIL", "safetensors", "tokenizers")
 REPORTED = ("torch", "transformers", "tokenizers", "safetensors", "comfyui-frontend-package")
 
@@ -99,6 +103,77 @@ def doctor() -> int:
     return int(verify() or bool(missing))
 
 
+def convert(arguments: list[str]) -> int:
+    """Convert published weights; 1 when they are refused, 2 when the command line is not understood."""
+    options = convert_parser().parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        print(f"torch is missing in {sys.executable}. Run this with the Python that ComfyUI runs in.")
+        return 1
+    if "language_bridge" not in sys.modules:  # let the pack's rooms find each other
+        package = types.ModuleType("language_bridge")
+        package.__path__ = [str(PACK)]
+        sys.modules["language_bridge"] = package
+    import torch
+
+    from language_bridge.bridges.errors import BridgeError  # pyright: ignore[reportMissingImports]
+    from language_bridge.conversion import convert as room  # pyright: ignore[reportMissingImports]
+    from language_bridge.conversion import presets  # pyright: ignore[reportMissingImports]
+
+    try:
+        table = presets.read_presets(options.presets) if options.presets else presets.published()
+        if options.list:
+            for method in table.methods.values():
+                print(f"{method.name:38s} {method.base + ' ' + method.kind:14s} {method.about}")
+            for tower in table.towers.values():
+                print(f"{tower.name:38s} {tower.family:14s} {tower.about}")
+            return 0
+        tree = find_comfyui()
+        if not options.files or (tree is None and options.out is None):
+            print("Name the files to convert, and --out DIR where this is not in a ComfyUI.")
+            return 2
+        models = tree / "models" if tree is not None else PACK
+        written = room.convert(
+            options.files,
+            options.out or models / MODEL_FOLDER,
+            towers=options.out or models / TOWER_FOLDER,
+            preset=options.preset,
+            reference=options.reference,
+            unet=options.unet,
+            form="delta" if options.delta else "replace",
+            name=options.name,
+            dtype=torch.float16 if options.half else None,
+            overwrite=options.force,
+            presets=table,
+        )
+    except BridgeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for line in room.report(written):
+        print(line)
+    return 0
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    """The command line of convert."""
+    parser = argparse.ArgumentParser(
+        prog="install.py convert",
+        description="Make published weights into files of Language Bridge. Name together what belongs "
+        "together: weight files, model folders, tokenizer files (vocab.txt, sentencepiece.bpe.model, ...).",
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="file or folder as published")
+    parser.add_argument("--as", dest="preset", metavar="NAME", help="which published model it is; see --list")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="checkpoint that the U-Net came from")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: ComfyUI's models)")
+    parser.add_argument("--name", help="name of the bridge file (default: the published model's)")
+    parser.add_argument("--unet", default="auto", choices=("auto", "none", "kv", "attn2", "full"))
+    parser.add_argument("--delta", action="store_true", help="U-Net part as a difference from the reference")
+    parser.add_argument("--half", action="store_true", help="write float16")
+    parser.add_argument("--presets", type=Path, metavar="FILE", help="a table of your own")
+    parser.add_argument("--force", action="store_true", help="overwrite files of the same name")
+    parser.add_argument("--list", action="store_true", help="print the published models and stop")
+    return parser
+
+
 def comfyui_version(tree: Path | None) -> str:
     """The version that a ComfyUI tree names, "-" where it names none."""
     file = tree / "comfyui_version.py" if tree is not None else None
@@ -143,6 +218,8 @@ def main(arguments: list[str]) -> int:
     """Run one command, or prepare when there is none; returns the exit code."""
     if not arguments:
         return prepare()
+    if arguments[0] == "convert":
+        return convert(arguments[1:])
     command = COMMANDS.get(arguments[0])
     if command is None or len(arguments) > 1:
         print((__doc__ or "").strip())
