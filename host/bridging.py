@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
+import comfy.model_base
 import comfy.ops
+import torch
 
-from ..bridges.base import Bridge
+from ..bridges.base import Bridge, kind_class, parse_spec
 from ..bridges.errors import BridgeError
-from ..bridges.file import BridgeHeader, load_bridge
+from ..bridges.file import UNET_PREFIX, BridgeHeader, load_bridge
+from ..encoders import guard
 from ..encoders.base import Encoder
-from ..encoders.file import load_encoder
+from ..encoders.file import load_encoder, read_encoder_header
 from ..prompt import MODES
 from . import folders
 from .base import NAMES, Base, base_of
+from .borrowed import FAMILY, BorrowedEncoder, BorrowedTower, borrow, refuse
+from .cache import EMBEDDINGS
 from .clip import BridgedClip, Speech
 from .tower import NativeTower, tower_dtype
+from .unet import DELTA, REPLACE, UnetPart, add_to, has_addition, part_shapes
+
+OWN = "own"
+"""In a bridge's training record, under "unet": the bridge fits the U-Net of its own checkpoint alone."""
+
+TEMPLATE = "template"
+"""In a bridge's training record: {"before": text, "after": text} that the method puts around a prompt."""
+
+_TEMPLATES = {"mulan": {"before": "summarize:"}}
+"""What stands in the published programs of a kind."""
+
+TOWERS: WeakValueDictionary[tuple[str, torch.dtype], NativeTower] = WeakValueDictionary()
+PARTS: WeakValueDictionary[tuple[str, torch.dtype], UnetPart] = WeakValueDictionary()
+"""What living graphs hold, by digest of the bridge and dtype."""
 
 
-def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -> BridgedClip:
-    """A bridged clone of `clip`.
+def bridge(
+    model: Any, clip: Any, name: str, strength: float, route: str, tower: Any = None
+) -> tuple[Any, BridgedClip]:
+    """MODEL with what the bridge adds to it (the very same object when that is nothing), and a bridged CLIP.
 
-    name: a bridge of the folders; strength: weight of the native text, > 0; route: one of `prompt.MODES`.
-    BridgeError, in words and before sampling, when base, bridge and text tower do not belong together or a
-    file is damaged or missing.
+    name: a bridge of the folders; strength: weight of the native text, > 0; route: one of `prompt.MODES`;
+    tower: a CLIP of the host, for bridges that read one. BridgeError, in words and before sampling, when
+    base, bridge and text tower do not belong together or a file is damaged or missing.
     """
     if route not in MODES:
         raise BridgeError(
@@ -33,15 +60,83 @@ def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -
     path = folders.bridge_path(name)
     header = folders.bridge_header(path)
     _check(header, base, name)
-    tower_file = folders.files_of(name)[-1]
+    _check_unet(header, guard.read_layout(path).shapes, model, name)
+    files = folders.files_of(name)
+    digest = _digest(header, files)
+    EMBEDDINGS.claim(name, digest)
+    template = _template(header, name)
+    lent = borrow(tower, header, name) if header.encoder.family == FAMILY else None
+    if lent is None and tower is not None:
+        raise refuse(header, name)
+    native, part = _open(files, digest, model.model.get_dtype_inference(), name, lent, template)
+    adds = part is not None or native.bridge.timed
+    if adds and has_addition(model):
+        raise BridgeError(
+            "This MODEL already has a language bridge.",
+            "a MODEL that comes out of a Language Bridge node",
+            "the checkpoint's own MODEL",
+            "Use one Language Bridge node for each checkpoint: remove one of the two.",
+        )
+    bridged = BridgedClip.over(clip, Speech(native, route, strength, base, name, marks=adds))
+    return (add_to(model, native, part, name) if adds else model), bridged
+
+
+def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -> BridgedClip:
+    """The CLIP of `bridge` alone."""
+    return bridge(model, clip, name, strength, route)[1]
+
+
+def _open(
+    files: Sequence[Path],
+    digest: str,
+    unet_dtype: torch.dtype,
+    name: str,
+    lent: BorrowedEncoder | None,
+    template: tuple[str, str],
+) -> tuple[NativeTower, UnetPart | None]:
+    """Tower and U-Net part of a bridge; those of a graph that is still alive are shared, not read again."""
     ops, dtype = comfy.ops.manual_cast, tower_dtype()
-    loaded = load_bridge(path, ops=ops, dtype=dtype)
-    encoder = loaded.encoder
-    if encoder is None:
-        encoder = load_encoder(tower_file, ops=ops, dtype=dtype)
-    _check_width(encoder, loaded.bridge, name)
-    tower = NativeTower(encoder, loaded.bridge)
-    return BridgedClip.over(clip, Speech(tower, route, strength, base, name))
+    tower = None if lent else TOWERS.get((digest, dtype))
+    part = PARTS.get((digest, unet_dtype))
+    header = folders.bridge_header(files[0])
+    if tower is not None and (part is not None or header.unet == "none"):
+        return tower, part
+    loaded = load_bridge(files[0], ops=ops, dtype=dtype)
+    if lent is not None:
+        tower = BorrowedTower(lent, loaded.bridge, digest, template)
+    if tower is None:
+        encoder = loaded.encoder or load_encoder(files[-1], ops=ops, dtype=dtype)
+        _check_width(encoder, loaded.bridge, name)
+        TOWERS[digest, dtype] = tower = NativeTower(encoder, loaded.bridge, digest, template)
+    if loaded.unet and part is None:
+        PARTS[digest, unet_dtype] = part = UnetPart(loaded.unet, str(header.training["unet"]), unet_dtype)
+    return tower, part
+
+
+def _digest(header: BridgeHeader, files: Sequence[Path]) -> str:
+    """Names the content of a bridge and its tower: what the headers say, and size and time of each file.
+
+    The tower's header holds the digest of its weights; hashing the bridge's too would cost more than reading.
+    """
+    tower = read_encoder_header(files[-1])
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    parts = [header.to_json(), tower.to_json() if tower else "", json.dumps(facts)]
+    return hashlib.sha256("\n".join(parts).encode("ascii")).hexdigest()
+
+
+def _template(header: BridgeHeader, name: str) -> tuple[str, str]:
+    """Texts that the method puts before and after a prompt; BridgeError when it needs some and has none."""
+    known = header.training.get(TEMPLATE, _TEMPLATES.get(header.kind))
+    spec = parse_spec(kind_class(header.kind).Spec, header.spec, f"bridge of kind {header.kind!r}")
+    if known is None and getattr(spec, "skip", 0):
+        raise BridgeError(
+            f"The bridge {name} does not say which template stands around a prompt.",
+            f"{getattr(spec, 'skip', 0)} rows to be dropped, and no {TEMPLATE!r} in its training record",
+            'a training record with "template": {"before": .., "after": ..}',
+            "Convert the bridge again with its template, or write it into the header.",
+        )
+    texts = known if isinstance(known, dict) else {}
+    return str(texts.get("before", "")), str(texts.get("after", ""))
 
 
 def _check(header: BridgeHeader, base: Base, name: str) -> None:
@@ -52,13 +147,6 @@ def _check(header: BridgeHeader, base: Base, name: str) -> None:
             f"a bridge for {NAMES[base.name]}",
             f"Choose a bridge for {NAMES[base.name]}, or load a checkpoint of {NAMES[header.base]}.",
         )
-    if header.unet != "none":
-        raise BridgeError(
-            f"The bridge {name} also changes the U-Net, which this version cannot do.",
-            f"U-Net part {header.unet!r}",
-            "a bridge that leaves the U-Net alone (U-Net part 'none')",
-            "Update Language Bridge.",
-        )
     context, pooled = header.spec.get("context"), header.spec.get("pooled", 0)
     if context != base.context or pooled not in (0, base.pooled):
         raise BridgeError(
@@ -67,6 +155,55 @@ def _check(header: BridgeHeader, base: Base, name: str) -> None:
             f"text rows of width {base.context} and pooled width {base.pooled}, as {NAMES[base.name]} reads",
             "Fetch or save the bridge again; its header does not fit its base.",
         )
+
+
+def _check_unet(header: BridgeHeader, shapes: Mapping[str, tuple[int, ...]], model: Any, name: str) -> None:
+    """Refuses a U-Net part that this MODEL cannot take whole, before any weight is read."""
+    how = header.training.get("unet")
+    if header.unet == "none":
+        if how == OWN:
+            _check_own(model, name)
+        return
+    if header.unet == "full":
+        raise BridgeError(
+            f"The bridge {name} needs a whole U-Net of its own.",
+            "U-Net part 'full'",
+            "a bridge that leaves the U-Net alone, or changes its cross-attention ('kv' or 'attn2')",
+            "Load the method's own checkpoint, and a bridge without a U-Net part behind it.",
+        )
+    if how not in (DELTA, REPLACE):
+        raise BridgeError(
+            f"The bridge {name} does not say how its U-Net part is meant.",
+            f"U-Net part {header.unet!r} with unet = {how!r:.40} in the training record",
+            f"{DELTA!r} or {REPLACE!r}",
+            "Convert or save the bridge again.",
+        )
+    if header.training.get("unet_complete") is False:
+        logging.warning("%s: the method also changed other parts of the U-Net than %s", name, header.unet)
+    found = {key[len(UNET_PREFIX) :]: shape for key, shape in shapes.items() if key.startswith(UNET_PREFIX)}
+    expected = part_shapes(model, header.unet)
+    if found != expected:
+        odd = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        raise BridgeError(
+            f"The U-Net part of the bridge {name} does not fit this checkpoint.",
+            f"{len(found)} tensors, {odd[0]} {found.get(odd[0], 'missing')}",
+            f"{len(expected)} tensors, {odd[0]} {expected.get(odd[0], 'not there')}",
+            "Use a checkpoint of the base that the bridge was made for, or convert the bridge again.",
+        )
+
+
+def _check_own(model: Any, name: str) -> None:
+    """A bridge for one U-Net alone: what can be told of a MODEL is told, the rest is said in the log."""
+    if model.model.model_type != comfy.model_base.ModelType.EPS:
+        raise BridgeError(
+            f"The bridge {name} belongs to the U-Net of its own checkpoint.",
+            f"a MODEL of the type {model.model.model_type.name}",
+            "the method's own U-Net, which predicts the noise (EPS)",
+            "Load the checkpoint of the method, with Language Bridge Checkpoint where it is a single file.",
+        )
+    logging.warning(
+        "%s was trained with the U-Net of its own checkpoint and paints well with that alone", name
+    )
 
 
 def _check_width(encoder: Encoder, bridge: Bridge, name: str) -> None:

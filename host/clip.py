@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.sd
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ..bridges.errors import BridgeError
-from ..prompt import Segment, english_prompt, route
+from ..prompt import english_prompt, route
 from .base import Base
+from .cache import Said
+from .rows import MARK, Mark
 from .tower import NativeTower
+from .words import Asked, Chunk, ask, cut
 
 KEY = "native"
 """Our entry in the tokens dict, beside the checkpoint's own `l`, `g` or `h`."""
@@ -21,18 +24,20 @@ KEY = "native"
 SILENCE = -1
 """Token of a native chunk that says nothing: the prompt has no native text, so no native rows are made."""
 
-Chunk = list[tuple[Any, ...]]
-
 
 @dataclass(frozen=True, eq=False)
 class Speech:
-    """How a BridgedClip speaks: tower, route (one of `prompt.MODES`), strength (of native text), base."""
+    """How a BridgedClip speaks: tower, route (one of `prompt.MODES`), strength (of native text), base.
+
+    marks: whether the MODEL has to know which rows of a conditioning are native.
+    """
 
     tower: NativeTower
     route: str
     strength: float
     base: Base
     name: str
+    marks: bool = False
 
 
 class BridgedClip(comfy.sd.CLIP):
@@ -74,11 +79,11 @@ class BridgedClip(comfy.sd.CLIP):
     def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list[Chunk]]:
         """Stock tokens of the English stream and, under `KEY`, native chunks of (id, weight[, word id])."""
         segments = route(text, self.speech.route)
-        native = [segment for segment in segments if segment.stream == "native"]
+        native = [(segment.text, segment.weight) for segment in segments if segment.stream == "native"]
         tokens: dict[str, list[Chunk]] = super().tokenize(
             english_prompt(segments), return_word_ids, **options
         )
-        chunks = self._chunks(native) if native else [[(SILENCE, 1.0, 0)]]
+        chunks = cut(self.speech.tower.words, native) if native else [[(SILENCE, 1.0, 0)]]
         tokens[KEY] = chunks if return_word_ids else [[token[:2] for token in chunk] for chunk in chunks]
         return tokens
 
@@ -87,15 +92,18 @@ class BridgedClip(comfy.sd.CLIP):
     ) -> Any:
         """Stock meaning of every argument; both streams are in the context."""
         native, english = _split(tokens)
+        tower = self.speech.tower
         if native is None:
-            return super().encode_from_tokens(english, return_pooled, return_dict)
+            with tower.at_rest():
+                return super().encode_from_tokens(english, return_pooled, return_dict)
+        asked = self._ask(native)
         if self._silent(english) and not self._needs_english_pooled():
             joined: dict[str, Any] = {"cond": None, "pooled_output": None}
-            self.speech.tower.load()
             self.add_hooks_to_dict(joined)
         else:
-            joined = super().encode_from_tokens(english, return_pooled, return_dict=True)
-        self._join(joined, native, english)
+            with tower.at_rest(tower.knows(asked.ids, asked.masks)):
+                joined = super().encode_from_tokens(english, return_pooled, return_dict=True)
+        self._join(joined, asked, english)
         if return_dict:
             return joined
         return (joined["cond"], joined["pooled_output"]) if return_pooled else joined["cond"]
@@ -113,79 +121,49 @@ class BridgedClip(comfy.sd.CLIP):
         hooked = self.patcher.forced_hooks is not None and self.use_clip_schedule
         if native is None or not hooked:
             # Without a schedule the stock method calls encode_from_tokens, which joins.
-            return super().encode_from_tokens_scheduled(tokens, unprojected, extra, **options)
-        scheduled = super().encode_from_tokens_scheduled(english, unprojected, extra, **options)
+            with self.speech.tower.at_rest(native is None):
+                return super().encode_from_tokens_scheduled(tokens, unprojected, extra, **options)
+        asked, tower = self._ask(native), self.speech.tower
+        with tower.at_rest(tower.knows(asked.ids, asked.masks)):
+            scheduled = super().encode_from_tokens_scheduled(english, unprojected, extra, **options)
         for entry in scheduled:
-            parts = {"cond": entry[0], "pooled_output": entry[1].get("pooled_output")}
-            self._join(parts, native, english)
-            entry[0] = parts["cond"]
-            entry[1]["pooled_output"] = parts["pooled_output"]
+            parts: dict[str, Any] = {"cond": entry[0], "pooled_output": entry[1].get("pooled_output")}
+            self._join(parts, asked, english)
+            entry[0] = parts.pop("cond")
+            entry[1].update(parts)
         return scheduled
 
-    def _chunks(self, segments: Sequence[Segment]) -> list[Chunk]:
-        """Native chunks, framed to the tower's window: (id, weight, word id), word id 0 if special."""
-        encoder = self.speech.tower.encoder
-        pieces = [(p.id, s.weight) for s in segments for p in encoder.tokenize(s.text)]
-        room = encoder.capacity
-        groups = [pieces[start : start + room] for start in range(0, len(pieces), room)] or [[]]
-        chunks: list[Chunk] = []
-        word = 0
-        for group in groups:
-            ids, _ = encoder.frame([token for token, _ in group])
-            lead = _lead(ids, [token for token, _ in group])
-            chunk: Chunk = []
-            for place, token in enumerate(ids.tolist()):
-                inside = 0 <= place - lead < len(group)
-                word += inside
-                chunk.append((token, group[place - lead][1] if inside else 1.0, word if inside else 0))
-            chunks.append(chunk)
-        return chunks
+    def _join(self, parts: dict[str, Any], asked: Asked, english: Mapping[str, list[Chunk]]) -> None:
+        """Puts native rows in front of the English rows of `parts`; mixes pooled by share of tokens.
 
-    def _join(self, parts: dict[str, Any], native: list[Chunk], english: Mapping[str, list[Chunk]]) -> None:
-        """Puts native rows in front of the English rows of `parts`; mixes pooled by share of tokens."""
-        context, pooled, spoken = self._speak(native)
+        A bridge that the MODEL goes on with leaves its `MARK`.
+        """
+        said, context, pooled = self._speak(asked)
+        speech = self.speech
+        if speech.marks:
+            mark = Mark(speech.tower.digest, context.shape[1])
+            if said.hidden is not None:
+                mark = replace(mark, hidden=said.hidden, weights=asked.weights, words=asked.digest)
+            parts[MARK] = mark.pack()
         silent = self._silent(english)
         if not silent:
             context = torch.cat([context, parts["cond"].to(context)], dim=1)
         parts["cond"] = context
         own = parts["pooled_output"]
         if pooled is not None and own is not None and own.shape == pooled.shape:
+            spoken = int(asked.weights.word.sum())
             share = 1.0 if silent else spoken / max(spoken + self._spoken(english), 1)
             pooled = share * pooled + (1 - share) * own.to(pooled)
         parts["pooled_output"] = own if pooled is None else pooled
 
-    def _speak(self, native: list[Chunk]) -> tuple[Tensor, Tensor | None, int]:
-        """Native context [1, N, C], pooled [1, P] of the first chunk, and the number of spoken tokens.
+    def _ask(self, native: list[Chunk]) -> Asked:
+        return ask(self.speech.tower.words, native, self.speech.strength)
 
-        Weights act as in the stock CLIP, on the rows that stand for the tokens: empty + weight * (row -
-        empty), where empty is the row of the empty prompt at the same place. A bridge whose rows do not stand
-        for tokens gets the mean weight of the chunk for all of its rows.
-        """
+    def _speak(self, asked: Asked) -> tuple[Said, Tensor, Tensor | None]:
+        """What the bridge said, native context [1, N, C], and pooled [1, P] of the first chunk."""
         speech = self.speech
-        encoder = speech.tower.encoder
-        nothing, nothing_mask = encoder.frame([])
-        ids = torch.tensor([[token for token, *_ in chunk] for chunk in native])
-        weights = torch.tensor([[weight for _, weight, *_ in chunk] for chunk in native])
-        word = ~torch.isin(ids, nothing)
-        weights = torch.where(word, weights * speech.strength, weights)
-        weighted = bool((weights != 1.0).any())
-        masks = _masks(ids, nothing, nothing_mask)
-        if weighted:
-            ids, masks = torch.cat([ids, nothing[None]]), torch.cat([masks, nothing_mask[None]])
-        cond = speech.tower.read(ids, masks)
-        rows, pooled = cond.context[: len(native)], None if cond.pooled is None else cond.pooled[:1]
-        if weighted:
-            empty = cond.context[-1:]
-            if rows.shape[1] != weights.shape[1]:
-                counted = word.sum(1).clamp(min=1)
-                weights = (torch.where(word, weights, 0.0).sum(1) / counted)[:, None].expand(
-                    -1, rows.shape[1]
-                )
-            rows = torch.where(
-                weights[..., None] == 1.0, rows, empty + weights[..., None].to(rows) * (rows - empty)
-            )
-            if pooled is not None and cond.pooled is not None and speech.strength != 1.0:
-                pooled = cond.pooled[-1:] + speech.strength * (pooled - cond.pooled[-1:])
+        said = speech.tower.hear(asked.ids, asked.masks)
+        rows, pooled = asked.weights.apply(said.cond, tokenwise=speech.tower.bridge.tokenwise)
         if not bool(torch.isfinite(rows).all()):
             raise BridgeError(
                 f"The bridge {speech.name} gave numbers that are not finite.",
@@ -193,7 +171,7 @@ class BridgedClip(comfy.sd.CLIP):
                 "finite numbers",
                 "Start ComfyUI with --fp32-text-enc, or fetch the bridge and its tower again.",
             )
-        return rows.flatten(0, 1)[None], pooled, int(word.sum())
+        return said, rows, pooled
 
     def _needs_english_pooled(self) -> bool:
         return self.speech.base.pooled > 0 and not self.speech.tower.bridge.spec.pooled
@@ -223,19 +201,3 @@ def _split(tokens: Mapping[str, Any]) -> tuple[list[Chunk] | None, dict[str, lis
     english = {key: value for key, value in tokens.items() if key != KEY}
     spoken = [chunk for chunk in tokens.get(KEY) or [] if any(token != SILENCE for token, *_ in chunk)]
     return spoken or None, english
-
-
-def _lead(framed: Tensor, ids: list[int]) -> int:
-    """How many special tokens the tower puts in front of a text."""
-    whole = framed.tolist()
-    return next(
-        (start for start in range(len(whole) - len(ids) + 1) if whole[start : start + len(ids)] == ids), 0
-    )
-
-
-def _masks(ids: Tensor, nothing: Tensor, nothing_mask: Tensor) -> Tensor:
-    """Masks [S, T] of framed ids [S, T]: padding is what the tower pads the empty text with."""
-    if bool(nothing_mask.all()):
-        return torch.ones_like(ids, dtype=torch.bool)
-    padding = nothing[~nothing_mask][0]
-    return ids != padding

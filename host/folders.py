@@ -77,7 +77,7 @@ def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
     that name differs.
     """
     near: list[tuple[Path, str]] = []
-    for path, header in _towers():
+    for path, header in towers():
         if header.identity != wanted.identity:
             continue
         difference = wanted.differs(header)
@@ -102,12 +102,15 @@ def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
 
 
 def files_of(name: str) -> list[Path]:
-    """Every file that a bridge is made of: its own, and the tower's when that is another one."""
+    """Every file that a bridge is made of: its own, and the tower's when that is a file of its own."""
     path = bridge_path(name)
-    return [path] if read_encoder_header(path) else [path, encoder_path(bridge_header(path).encoder, name)]
+    wanted = bridge_header(path).encoder
+    alone = wanted.family == "host" or read_encoder_header(path)
+    return [path] if alone else [path, encoder_path(wanted, name)]
 
 
-def _towers() -> Iterator[tuple[Path, EncoderHeader]]:
+def towers() -> Iterator[tuple[Path, EncoderHeader]]:
+    """Every tower file of the text encoder and bridge folders with its header."""
     roots = [*folder_paths.get_folder_paths("text_encoders"), *_bridge_roots(), str(_ASSETS / "encoders")]
     for root in dict.fromkeys(roots):
         for folder, _, names in os.walk(root, followlinks=True):

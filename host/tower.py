@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management as management
@@ -9,8 +11,13 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ..bridges.base import Bridge, Cond
+from ..bridges.base import Bridge, Cond, Hidden
 from ..encoders.base import Encoder
+from .cache import EMBEDDINGS, Said
+from .words import Framed
+
+FIRST_TIMESTEP = 999
+"""Where a timed bridge speaks outside of sampling: at the first step, as pure noise."""
 
 
 def load_device() -> torch.device:
@@ -24,41 +31,51 @@ def tower_dtype() -> torch.dtype:
     return torch.float32 if management.is_device_cpu(device) else management.text_encoder_dtype(device)
 
 
-class _Reader(torch.nn.Module):
-    """Encoder and bridge one after the other."""
+def patcher_of(module: torch.nn.Module) -> Any:
+    """A patcher that makes the host load and offload `module` like a text tower."""
+    # Not CoreModelPatcher: its delegates reload a model from one file, which a pair of files is not.
+    return comfy.model_patcher.ModelPatcher(
+        module, load_device=load_device(), offload_device=management.text_encoder_offload_device()
+    )
 
-    def __init__(self, encoder: Encoder, bridge: Bridge) -> None:
+
+class _Reader(torch.nn.Module):
+    """Encoder and bridge one after the other; a timed bridge stays outside."""
+
+    def __init__(self, encoder: Encoder, bridge: Bridge | None) -> None:
         super().__init__()
         self.encoder = encoder
         self.bridge = bridge
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Cond:
-        return self.bridge(self.encoder(ids, mask))
 
 
 class NativeTower:
     """Encoder and bridge with a patcher of their own; the CLIP's patcher carries it as a patch.
 
-    Attached that way (`attach`), the host loads both together, counts both, and moves both off the GPU when
-    it needs room.
+    Attached that way (`attach`), the host loads both together with the CLIP, counts both, and moves both off
+    the GPU when it needs room; `at_rest` leaves them where they are while only the CLIP is wanted. A timed
+    bridge is asked at every step of sampling, where nobody needs its tower, so it has a patcher of its own.
+
+    digest: names the content of encoder and bridge; what they say is then kept in `EMBEDDINGS`. "": never.
+    template: texts that the method puts before and after a prompt.
     """
 
-    def __init__(self, encoder: Encoder, bridge: Bridge) -> None:
-        self.reader = _Reader(encoder, bridge).eval().requires_grad_(False)
-        # Not CoreModelPatcher: its delegates reload a model from one file, which a pair of files is not.
-        self.patcher = comfy.model_patcher.ModelPatcher(
-            self.reader, load_device=load_device(), offload_device=management.text_encoder_offload_device()
-        )
+    def __init__(
+        self, encoder: Encoder, bridge: Bridge, digest: str = "", template: tuple[str, str] = ("", "")
+    ) -> None:
+        self.encoder = encoder
+        self.words = Framed(encoder, *template) if any(template) else encoder
+        self.bridge = bridge
+        self.digest = digest
+        bridge.eval().requires_grad_(False)
+        self.reader = self._reader()
+        self.patcher = self._patcher()
+        self.bridge_patcher = patcher_of(bridge) if self.apart else self.patcher
+        self._resting = False
 
     @property
-    def encoder(self) -> Encoder:
-        """The text tower."""
-        return self.reader.encoder
-
-    @property
-    def bridge(self) -> Bridge:
-        """The bridge behind it."""
-        return self.reader.bridge
+    def apart(self) -> bool:
+        """Whether the bridge is a model of its own beside the tower."""
+        return self.bridge.timed
 
     def attach(self, patcher: Any) -> None:
         """Makes the host load this tower whenever it loads what `patcher` holds; survives clones of it."""
@@ -66,17 +83,88 @@ class NativeTower:
 
     def models(self) -> list[Any]:
         """What the host asks a patch for: further patchers to keep beside the patched model."""
-        return [self.patcher]
+        return [] if self._resting else self._patchers()
+
+    @contextmanager
+    def at_rest(self, resting: bool = True) -> Iterator[None]:
+        """While inside, loading the CLIP does not load this tower; with False nothing is changed."""
+        before, self._resting = self._resting, self._resting or resting
+        try:
+            yield
+        finally:
+            self._resting = before
 
     def load(self) -> None:
-        """Brings the tower to its device."""
-        management.load_models_gpu([self.patcher])
+        """Brings tower and bridge to their device."""
+        management.load_models_gpu(self._patchers())
+
+    def knows(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether `hear` would answer from memory."""
+        return bool(self.digest) and EMBEDDINGS.holds(self.digest, self._key(ids, mask))
 
     def read(self, ids: Tensor, mask: Tensor) -> Cond:
         """ids, mask [S, T] to context [S, N, C] and pooled [S, P], fp32 on the host's intermediate device."""
+        return self.hear(ids, mask).cond
+
+    def hear(self, ids: Tensor, mask: Tensor) -> Said:
+        """What `read` gives, and for a timed bridge the states [S, T, D] before it.
+
+        Loads nothing when the same content was heard before.
+        """
+        key = self._key(ids, mask)
+        known = EMBEDDINGS.get(self.digest, key) if self.digest else None
+        if known is not None:
+            return known
+        self.load()
         device = self.patcher.load_device
         with torch.no_grad():
-            cond = self.reader(ids.to(device), mask.to(device))
+            hidden = self._hidden(ids.to(device), mask.to(device))
+            said = Said(self.speak(hidden, FIRST_TIMESTEP), _home(hidden) if self.bridge.timed else None)
+        if self.digest:
+            EMBEDDINGS.put(self.digest, key, said)
+        return said
+
+    def speak(self, hidden: Hidden, timestep: int) -> Cond:
+        """The bridge alone, at a timestep 0..999 that only timed kinds hear; fp32 as `read` gives it."""
+        device = self.bridge_patcher.load_device
+        dtype = next((weight.dtype for weight in self.bridge.parameters()), hidden.states.dtype)
+        pooled = None if hidden.pooled is None else hidden.pooled.to(device)
+        states = hidden.states.to(device)
+        if self.apart:  # states from memory or from the host come in fp32
+            states = states.to(dtype)
+            pooled = None if pooled is None else pooled.to(dtype)
+        there = Hidden(states, hidden.mask.to(device), pooled)
+        times = torch.full((len(states),), timestep, device=device) if self.bridge.timed else None
+        with torch.no_grad():
+            cond = self.bridge(there, times)
         home = management.intermediate_device()
-        pooled = None if cond.pooled is None else cond.pooled.float().to(home)
-        return Cond(cond.context.float().to(home), pooled)
+        spoken = None if cond.pooled is None else cond.pooled.float().to(home)
+        return Cond(cond.context.float().to(home), spoken)
+
+    def _reader(self) -> torch.nn.Module:
+        return _Reader(self.encoder, None if self.apart else self.bridge).eval().requires_grad_(False)
+
+    def _patcher(self) -> Any:
+        return patcher_of(self.reader)
+
+    def _patchers(self) -> list[Any]:
+        return [self.patcher, self.bridge_patcher] if self.apart else [self.patcher]
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Hidden:
+        return self.encoder(ids, mask)
+
+    def _key(self, ids: Tensor, mask: Tensor) -> Hashable:
+        dtype = next((weight.dtype for weight in self.reader.parameters()), None)
+        return (
+            ids.numpy().tobytes(),
+            mask.numpy().tobytes(),
+            tuple(ids.shape),
+            dtype,
+            self.patcher.load_device,
+        )
+
+
+def _home(hidden: Hidden) -> Hidden:
+    home = management.intermediate_device()
+    pooled = None if hidden.pooled is None else hidden.pooled.float().to(home)
+    return Hidden(hidden.states.float().to(home), hidden.mask.to(home), pooled)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import folders
+from .checkpoint import BridgeCheckpoint
+from .convert import Convert
 from .language_bridge import LanguageBridge
 from .pocket_checkpoint import PocketCheckpoint
 
-NODES: tuple[type[io.ComfyNode], ...] = (LanguageBridge, PocketCheckpoint)
+NODES: tuple[type[io.ComfyNode], ...] = (
+    LanguageBridge,
+    PocketCheckpoint,
+    Convert,
+    BridgeCheckpoint,
+)
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""
 
 

@@ -51,6 +51,11 @@ class LanguageBridge(io.ComfyNode):
                     tooltip="two streams: native text goes over the bridge, "
                     "English words to the checkpoint's own CLIP.",
                 ),
+                io.Clip.Input(
+                    "tower",
+                    optional=True,
+                    tooltip="Only for bridges that read a text encoder of ComfyUI: the CLIP of CLIPLoader.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The MODEL, with whatever the bridge adds to it."),
@@ -68,10 +73,12 @@ class LanguageBridge(io.ComfyNode):
         return f"{bridge} {[(fact.st_size, fact.st_mtime_ns) for fact in facts]}"
 
     @classmethod
-    def execute(cls, model: object, clip: object, bridge: str, strength: float, route: str) -> io.NodeOutput:
-        """Checks that everything belongs together, then bridges a clone of the CLIP."""
+    def execute(
+        cls, model: object, clip: object, bridge: str, strength: float, route: str, tower: object = None
+    ) -> io.NodeOutput:
+        """Checks that everything belongs together, then bridges clones of MODEL and CLIP."""
         if strength == 0.0 or route == "english only":
             return io.NodeOutput(model, clip)
-        from ..host.bridging import bridge_clip
+        from ..host import bridging
 
-        return io.NodeOutput(model, bridge_clip(model, clip, bridge, strength, route))
+        return io.NodeOutput(*bridging.bridge(model, clip, bridge, strength, route, tower))

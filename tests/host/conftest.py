@@ -8,6 +8,8 @@ from pathlib import Path
 import folder_paths
 import pytest
 
+from language_bridge.host import bridging
+from language_bridge.host.cache import EMBEDDINGS
 from language_bridge.tests.fixtures.checkpoints import (
     FAMILIES,
     POCKET,
@@ -18,6 +20,15 @@ from language_bridge.tests.fixtures.checkpoints import (
 )
 from language_bridge.tests.fixtures.graph import Checkpoint, open_cut
 from language_bridge.tests.fixtures.towers import write_all
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_before() -> None:
+    """Every test begins with an empty embedding cache, and with towers of its own."""
+    EMBEDDINGS.clear()
+    bridging.TOWERS.clear()
+    bridging.PARTS.clear()
+
 
 FOLDERS = ("checkpoints", "controlnet", "embeddings", "language_bridges", "loras", "text_encoders")
 

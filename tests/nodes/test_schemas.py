@@ -19,6 +19,17 @@ from language_bridge.prompt import MODES
 
 SNAPSHOT = Path(__file__).with_name("schemas.json")
 FACTS = ("default", "min", "max", "step", "options")
+LISTS = {
+    "LanguageBridgeConvert": {
+        "source": "files of the model folders",
+        "together_with": "files of the model folders",
+        "tokenizer": "folders of models/text_encoders",
+        "preset": "names of the table",
+        "reference": "files of the model folders",
+    },
+    "LanguageBridgeCheckpoint": {"checkpoint": "files of models/checkpoints"},
+}
+"""Inputs whose options are what lies in the folders of a machine, or rows of a table that grows."""
 
 
 def schemas() -> list[dict[str, Any]]:
@@ -33,7 +44,7 @@ def _node(node: Any) -> dict[str, Any]:
         "id": schema.node_id,
         "name": schema.display_name,
         "category": schema.category,
-        "inputs": [_input(given) for given in schema.inputs],
+        "inputs": [_input(given) | _list(schema.node_id, given.id) for given in schema.inputs],
         "outputs": [
             {"id": given.id, "name": given.display_name, "type": given.io_type} for given in schema.outputs
         ],
@@ -46,6 +57,11 @@ def _input(given: Any) -> dict[str, Any]:
     if facts.get("options") == folders.bridge_names():
         facts["options"] = "files of models/language_bridges"
     return facts
+
+
+def _list(node: str, given: str) -> dict[str, Any]:
+    words = LISTS.get(node, {}).get(given)
+    return {} if words is None else {"options": words}
 
 
 def test_the_schemas_are_those_of_the_snapshot() -> None:
