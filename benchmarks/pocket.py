@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,13 @@ def _mixed(chinese: Caption, rng: np.random.Generator) -> str:
     return f"{first.text}, {second.text}"
 
 
+def _native_rows(extra: Mapping[str, Any]) -> int:
+    """How many rows of a conditioning a bridge with a U-Net part reads with its own weights."""
+    from language_bridge.host.rows import MARK
+
+    return int(extra.get(MARK, {}).get("rows", 0))
+
+
 class Painter:
     """The pocket checkpoint and its bridges in the host's own classes."""
 
@@ -75,7 +83,7 @@ class Painter:
 
         logging.getLogger().setLevel(logging.WARNING)
         from language_bridge.host import folders
-        from language_bridge.host.bridging import bridge_clip
+        from language_bridge.host.bridging import bridge
         from language_bridge.host.pocket import load_pocket
 
         del folder_paths
@@ -83,35 +91,37 @@ class Painter:
         self.sample = nodes.common_ksampler
         self.model, self.clip, self.vae = load_pocket()
         self.judge = judge.load()
-        self.clips: dict[str, Any] = {}
+        self.bridged: dict[str, tuple[Any, Any]] = {}
         for name in folders.bridge_names():
             if folders.bridge_header(folders.bridge_path(name)).base == "pocket":
                 short = name.removesuffix(".safetensors")
-                self.clips[short] = bridge_clip(self.model, self.clip, name, 1.0, "two streams")
+                self.bridged[short] = bridge(self.model, self.clip, name, 1.0, "two streams")
 
     @torch.inference_mode()
-    def paint(self, clip: Any, prompts: list[str], seed: int) -> torch.Tensor:
+    def paint(self, model: Any, clip: Any, prompts: list[str], seed: int) -> torch.Tensor:
         """Pictures [N, 64, 64, 3]; prompts of one context length share a batch; CFG against the empty one."""
-        encoded = [clip.encode_from_tokens(clip.tokenize(text)) for text in prompts]
-        empty = clip.encode_from_tokens(clip.tokenize(""))
+        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in prompts]
+        empty, negative_extra = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0]
         pictures: list[torch.Tensor | None] = [None] * len(prompts)
-        for length in sorted({int(one.shape[1]) for one in encoded}):
-            where = [i for i, one in enumerate(encoded) if one.shape[1] == length]
+        shapes = [(int(text.shape[1]), _native_rows(extra)) for text, extra in encoded]
+        for shape in sorted(set(shapes)):
+            where = [i for i, one in enumerate(shapes) if one == shape]
             for start in range(0, len(where), 50):
                 part = where[start : start + 50]
-                positive = [[torch.cat([encoded[i] for i in part]), {}]]
-                negative = [[empty.expand(len(part), -1, -1), {}]]
+                # One dict for the batch: the same number of rows is native in each of its prompts.
+                positive = [[torch.cat([encoded[i][0] for i in part]), encoded[part[0]][1]]]
+                negative = [[empty.expand(len(part), -1, -1), negative_extra]]
                 latent = {"samples": torch.zeros(len(part), 4, 8, 8)}
                 out = self.sample(
-                    self.model, seed + start, STEPS, GUIDANCE, SAMPLER, SCHEDULER, positive, negative, latent
+                    model, seed + start, STEPS, GUIDANCE, SAMPLER, SCHEDULER, positive, negative, latent
                 )
                 for i, picture in zip(part, self.vae.decode(out[0]["samples"]), strict=True):
                     pictures[i] = picture
         return torch.stack([picture for picture in pictures if picture is not None])
 
-    def score(self, clip: Any, asked: list[tuple[str, Caption]], seed: int) -> dict[str, float]:
+    def score(self, model: Any, clip: Any, asked: list[tuple[str, Caption]], seed: int) -> dict[str, float]:
         """Shares of right attributes over prompts with what they ask for."""
-        readings = self.judge.read_many(self.paint(clip, [text for text, _ in asked], seed))
+        readings = self.judge.read_many(self.paint(model, clip, [text for text, _ in asked], seed))
         return judge.accuracy([judge.score(r, c) for r, (_, c) in zip(readings, asked, strict=True)])
 
 
@@ -125,21 +135,25 @@ def measure(count: int, seed: int) -> dict[str, Any]:
     start = time.process_time()
     for split in captions.SPLITS:
         asked = tests(split, count, seed)
-        rows: dict[str, tuple[Any, list[tuple[str, Caption]]]] = {
-            "english": (painter.clip, [(a.english.text, a.english) for a in asked]),
-            "chinese, stock CLIP": (painter.clip, [(a.chinese.text, a.chinese) for a in asked]),
+        rows: dict[str, tuple[Any, Any, list[tuple[str, Caption]]]] = {
+            "english": (painter.model, painter.clip, [(a.english.text, a.english) for a in asked]),
+            "chinese, stock CLIP": (
+                painter.model,
+                painter.clip,
+                [(a.chinese.text, a.chinese) for a in asked],
+            ),
         }
-        for name, clip in painter.clips.items():
-            rows[name] = (clip, [(a.chinese.text, a.chinese) for a in asked])
-            rows[f"{name}, mixed"] = (clip, [(a.mixed, a.chinese) for a in asked])
-        for name, (clip, wanted) in rows.items():
-            table.setdefault(name, {})[split] = painter.score(clip, wanted, seed)
+        for name, (model, clip) in painter.bridged.items():
+            rows[name] = (model, clip, [(a.chinese.text, a.chinese) for a in asked])
+            rows[f"{name}, mixed"] = (model, clip, [(a.mixed, a.chinese) for a in asked])
+        for name, (model, clip, wanted) in rows.items():
+            table.setdefault(name, {})[split] = painter.score(model, clip, wanted, seed)
             print(f"{split:14} {name:28} {table[name][split]['attributes']:.3f}", file=sys.stderr, flush=True)
 
     def headline(name: str) -> float:
         return float(np.mean([table[name][split]["attributes"] for split in HEADLINE]))
 
-    names = list(painter.clips)
+    names = list(painter.bridged)
     return {
         "ceiling": headline("english"),
         "floor": headline("chinese, stock CLIP"),

@@ -24,12 +24,16 @@ PACK_NODE_TITLE = "bridge"
 
 @dataclass(frozen=True)
 class Row:
-    """One way of prompting: its key in the report, its label, the wording it takes, bridge or not."""
+    """One way of prompting: key in the report, label, the wording it takes, bridge or not, and which.
+
+    bridge: a file of the bridge folders, or None for the one that the graph names.
+    """
 
     key: str
     label: str
     wording: str
     bridged: bool
+    bridge: str | None = None
 
 
 ROWS = (
@@ -85,17 +89,19 @@ def run_demo(
     prompts = _prompts(environment, options, pocket)
     out = options.out or environment.root / "demo"
     out.mkdir(parents=True, exist_ok=True)
-    for row in ROWS:
+    rows = all_rows(graph) if pocket and options.bridge is None else list(ROWS)
+    for row in rows:
         for old in out.glob(f"[0-9][0-9]-{row.key}.png"):
             old.unlink()
     say("start ComfyUI with the pack installed")
     with Server(environment, say, models=models) as server:
         say(f"ComfyUI answers at {server.url} after {server.startup_seconds:.1f} s")
         _require_pack(server, graph)
-        pictures = _draw(server, graph, prompts, options.seed, out, say)
+        pictures = _draw(server, graph, rows, prompts, options.seed, out, say)
         say("read the pictures and draw the sheet" if pocket else "draw the sheet")
         sheet = out / "sheet.png"
-        judged = _sheet(environment, pictures, len(prompts), sheet, pocket)
+        labels = [row.label for row in rows]
+        judged = _sheet(environment, labels, pictures, len(prompts), sheet, pocket)
         report: dict[str, Any] = {
             "sheet": str(sheet),
             "pictures": [asdict(picture) | {"judge": verdict} for picture, verdict in judged],
@@ -109,6 +115,17 @@ def run_demo(
             _serve(server, say)
     if not options.serve:
         show(report)
+
+
+def all_rows(graph: Mapping[str, Any]) -> list[Row]:
+    """The usual rows, and a Chinese one for each shipped pocket bridge that the graph does not name."""
+    named = titled(graph, PACK_NODE_TITLE)["inputs"]["bridge"]
+    shipped = sorted((CHECKOUT / "pocket" / "assets" / "bridges").glob("*.safetensors"))
+    others = [path for path in shipped if path.name != named]
+    return [
+        *ROWS,
+        *(Row(f"chinese_{p.stem}", f"Chinese over {p.stem}", "zh", True, p.name) for p in others),
+    ]
 
 
 def titled(graph: Mapping[str, Any], title: str) -> dict[str, Any]:
@@ -141,6 +158,8 @@ def filled(graph: Mapping[str, Any], row: Row, prompt: str, seed: int) -> dict[s
     """A copy of *graph* for one row with prompt, seed and file name put in."""
     mine = copy.deepcopy(dict(graph)) if row.bridged else without_bridge(graph)
     titled(mine, "positive")["inputs"]["text"] = prompt
+    if row.bridge is not None:
+        titled(mine, PACK_NODE_TITLE)["inputs"]["bridge"] = row.bridge
     sampler = titled(mine, "sampler")["inputs"]
     sampler["seed" if "seed" in sampler else "noise_seed"] = seed
     titled(mine, "save")["inputs"]["filename_prefix"] = row.key
@@ -150,6 +169,7 @@ def filled(graph: Mapping[str, Any], row: Row, prompt: str, seed: int) -> dict[s
 def _draw(
     server: Server,
     graph: Mapping[str, Any],
+    rows: Sequence[Row],
     prompts: Sequence[Mapping[str, str]],
     seed: int,
     out: Path,
@@ -158,7 +178,7 @@ def _draw(
     pictures: list[tuple[int, int, Picture]] = []
     for column, wordings in enumerate(prompts):
         meaning = wordings.get("en") or wordings.get("zh") or wordings.get("mixed", "")
-        for index, row in enumerate(ROWS):
+        for index, row in enumerate(rows):
             prompt = _prompt_for(row, wordings)
             if prompt is None:
                 continue
@@ -186,13 +206,14 @@ def _prompt_for(row: Row, wordings: Mapping[str, str]) -> str | None:
 
 def _sheet(
     environment: Environment,
+    labels: Sequence[str],
     pictures: Sequence[tuple[int, int, Picture]],
     columns: int,
     sheet: Path,
     pocket: bool,
 ) -> list[tuple[Picture, dict[str, Any] | None]]:
     job = {
-        "labels": [row.label for row in ROWS],
+        "labels": list(labels),
         "columns": columns,
         "title": "Language Bridge: the same seed, the same model",
         "sheet": str(sheet),

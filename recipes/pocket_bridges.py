@@ -1,6 +1,6 @@
-"""Trains the pocket world's two Chinese bridges, IAP-style and PEA, against the frozen pocket checkpoint.
+"""Trains the Chinese bridges of the pocket world: IAP-style, PEA, AltDiffusion-style, LLM-style.
 
-`bootstrap.py run recipes/pocket_bridges.py --work DIR --method iap|pea`, after pocket_base.py and
+`bootstrap.py run recipes/pocket_bridges.py --work DIR --method iap|pea|alt|llm`, after pocket_base.py and
 pocket_encoder.py. Training sees Chinese captions in the seen words and patterns only, and no held-out colour
 and shape pair.
 """
@@ -8,8 +8,10 @@ and shape pair.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, autocast
 
-from language_bridge.bridges.base import Bridge, create
+from language_bridge.bridges.base import Bridge, Hidden, create
 from language_bridge.bridges.file import BridgeHeader, EncoderRef, save_bridge
 from language_bridge.encoders.base import Encoder
 from language_bridge.encoders.file import load_encoder, read_encoder_header
@@ -40,7 +42,7 @@ from language_bridge.recipes.pocket_world import (
     sample,
     typed,
 )
-from language_bridge.training.objectives import Iap, Pea, PeaBatch
+from language_bridge.training.objectives import Align, Diffusion, Iap, Pea, PeaBatch
 from language_bridge.training.taps import CrossAttention, QueryTaps
 
 CONTEXT = int(CLIP_CONFIG["hidden_size"])
@@ -62,7 +64,7 @@ class World:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--method", choices=["iap", "pea"], required=True)
+    parser.add_argument("--method", choices=sorted(METHODS), required=True)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -71,11 +73,11 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # dead channels leave denormal moments in the optimiser, four times slower
-    encoder = load_encoder(options.work / "pocket-zh-encoder.safetensors")
+    tower_path = options.work / f"{TOWERS.get(options.method, 'pocket-zh-encoder')}.safetensors"
+    encoder = load_encoder(tower_path)
     world = build(options.work, encoder, options.scenes, options.seed)
     start = time.process_time()
-    train = train_iap if options.method == "iap" else train_pea
-    bridge, record = train(world, encoder, options.minutes, options.work)
+    bridge, unet, record = METHODS[options.method](world, encoder, options.minutes, options.work)
     record |= {
         "seed": options.seed,
         "cpu_minutes": round((time.process_time() - start) / 60, 1),
@@ -85,7 +87,7 @@ def main() -> None:
     print(json.dumps({"method": options.method, **record, "accuracy": report}), flush=True)
     name = f"pocket-{options.method}"
     owns = options.method == "iap"
-    tower_file = read_encoder_header(options.work / "pocket-zh-encoder.safetensors")
+    tower_file = read_encoder_header(tower_path)
     assert tower_file is not None
     digest = "" if owns else tower_file.digest
     header = BridgeHeader(
@@ -101,6 +103,7 @@ def main() -> None:
             digest,
         ),
         languages=("zh",),
+        unet="kv" if unet else "none",
         training=record,
         licence="GPL-3.0-or-later",
         source="recipes/pocket_bridges.py",
@@ -109,7 +112,7 @@ def main() -> None:
     if owns:
         encoder.identity = f"{name}-zh"
     out = options.work / f"{name}.safetensors"
-    save_bridge(out, header, bridge, encoder if owns else None, dtype=torch.float16)
+    save_bridge(out, header, bridge, encoder if owns else None, unet=unet, dtype=torch.float16)
     (options.work / f"{name}.json").write_text(json.dumps({**record, "accuracy": report}), encoding="utf-8")
 
 
@@ -134,13 +137,22 @@ def build(work: Path, encoder: Encoder, count: int, seed: int) -> World:
     return World(latents, torch.cat(parts), ids, mask, empty, unet, clip)
 
 
+Trained = tuple[Bridge, dict[str, Tensor], dict[str, Any]]
+"""A bridge, the U-Net weights that it brings, and the record of its training."""
+
+FIRST_STAGE = 0.3
+"""Share of the time in which the resampler of an LLM adapter learns the English rows."""
+
+KEYS_AND_VALUES = re.compile(r"\.attn2\.to_[kv]\.weight$")
+
+
 def progress_of(minutes: float) -> Iterator[float]:
     start = time.process_time()
     while (share := (time.process_time() - start) / (60 * minutes)) < 1:
         yield share
 
 
-def train_iap(world: World, encoder: Encoder, minutes: float, work: Path) -> tuple[Bridge, dict[str, Any]]:
+def train_iap(world: World, encoder: Encoder, minutes: float, work: Path) -> Trained:
     """Tower and bridge learn together; queries of the frozen U-Net over the English text are cached once."""
     bridge = create("mlp", {"hidden": encoder.width, "context": CONTEXT, "width": 256, "depth": 3})
     bridge.reset_parameters()
@@ -186,20 +198,16 @@ def train_iap(world: World, encoder: Encoder, minutes: float, work: Path) -> tup
             print(f"iap step {step} loss {running:.4f} share {share:.2f}", flush=True)
         if step % 1500 == 0:
             print(evaluate(work, world, encoder, bridge, 48), flush=True)
-    return bridge, {"objective": "iap", "steps": step, "batch": 48, "loss": running}
+    return bridge, {}, {"objective": "iap", "steps": step, "batch": 48, "loss": running}
 
 
-def train_pea(world: World, encoder: Encoder, minutes: float, work: Path) -> tuple[Bridge, dict[str, Any]]:
+def train_pea(world: World, encoder: Encoder, minutes: float, work: Path) -> Trained:
     """The tower stays frozen; the adapter learns from the teacher's noise and block features (all captions
     parallel).
     """
     bridge = create("mlp", {"hidden": encoder.width, "context": CONTEXT, "width": 512, "depth": 3})
     bridge.reset_parameters()
-    encoder.eval().requires_grad_(False)
-    with torch.no_grad():
-        parts = zip(world.ids.split(256), world.mask.split(256), strict=True)
-        states = torch.cat([encoder(i, m).states.half() for i, m in parts])
-        empty = encoder(*encoder.batch([""]))
+    states, empty = frozen_states(world, encoder)
     objective = Pea(world.unet)
     abar = alphas()
     optimise, progress = optimisers([bridge], muon=0.01, adam=2e-3)
@@ -213,7 +221,7 @@ def train_pea(world: World, encoder: Encoder, minutes: float, work: Path) -> tup
         a = abar[times].view(-1, 1, 1, 1)
         dropped = torch.rand(48) < 0.1
         chosen = torch.where(dropped[:, None, None], empty.states, states[pick].float())
-        hidden = type(empty)(chosen, world.mask[pick], None)
+        hidden = Hidden(chosen, world.mask[pick], None)
         english = torch.where(dropped[:, None, None], world.empty_english, world.english[pick].float())
         batch = PeaBatch(
             noisy=a.sqrt() * world.latents[pick] + (1 - a).sqrt() * noise,
@@ -232,7 +240,101 @@ def train_pea(world: World, encoder: Encoder, minutes: float, work: Path) -> tup
             print(f"pea step {step} loss {running:.4f} share {share:.2f}", flush=True)
         if step % 800 == 0:
             print(evaluate(work, world, encoder, bridge, 48), flush=True)
-    return bridge, {"objective": "pea", "steps": step, "batch": 48, "loss": running}
+    return bridge, {}, {"objective": "pea", "steps": step, "batch": 48, "loss": running}
+
+
+def train_alt(world: World, encoder: Encoder, minutes: float, work: Path) -> Trained:
+    """As AltDiffusion trains its U-Net: tower frozen, plain diffusion loss, no English text. What learns here
+    is one matrix and the keys and values of the cross-attention.
+    """
+    bridge = create("linear", {"hidden": encoder.width, "context": CONTEXT})
+    bridge.reset_parameters()
+    states, empty = frozen_states(world, encoder)
+    student = copy.deepcopy(world.unet)
+    learning = {name: p for name, p in student.named_parameters() if KEYS_AND_VALUES.search(name)}
+    for parameter in learning.values():
+        parameter.requires_grad_(True)
+    abar = alphas()
+    weight = (1 / abar).clamp(max=10) / (1 / abar).clamp(max=10).mean()
+    objective = Diffusion(student, weight)
+    optimise, progress = optimisers([bridge, student], muon=0.01, adam=2e-3)
+    step, running = 0, 1.0
+    for share in progress_of(minutes):
+        progress(share)
+        pick = torch.randint(len(world.latents), (64,))
+        times = torch.randint(1000, (64,))
+        noise = torch.randn(64, 4, 8, 8)
+        a = abar[times].view(-1, 1, 1, 1)
+        dropped = torch.rand(64) < 0.1
+        chosen = torch.where(dropped[:, None, None], empty.states, states[pick].float())
+        hidden = Hidden(chosen, world.mask[pick], None)
+        noisy = a.sqrt() * world.latents[pick] + (1 - a).sqrt() * noise
+        with autocast("cpu", torch.bfloat16):
+            loss = objective(bridge(hidden).context, noisy, noise, times.float()).total
+        loss.backward()
+        optimise()
+        running = 0.98 * running + 0.02 * float(loss.detach())
+        step += 1
+        if step % 200 == 0:
+            print(f"alt step {step} loss {running:.4f} share {share:.2f}", flush=True)
+        if step % 1000 == 0:
+            print(evaluate(work, dataclasses.replace(world, unet=student), encoder, bridge, 48), flush=True)
+    world.unet = student
+    unet = {name: parameter.detach() for name, parameter in learning.items()}
+    record = {"objective": "diffusion", "unet": "replace", "steps": step, "batch": 64, "loss": running}
+    return bridge, unet, record
+
+
+def train_llm(world: World, encoder: Encoder, minutes: float, work: Path) -> Trained:
+    """As OmniDiffusion, in two stages: a resampler behind a frozen language model first learns the English
+    rows (cos-len), then learns through the frozen U-Net. The second stage is PEA's distillation where the
+    authors train the U-Net along: the checkpoint is to stay as it is."""
+    spec = {"hidden": encoder.width, "context": CONTEXT, "queries": 77, "layers": 2, "heads": 4}
+    bridge = create("omni", spec)
+    bridge.reset_parameters()
+    states, empty = frozen_states(world, encoder)
+    align, distil = Align(length=0.01), Pea(world.unet)
+    empty_mask = empty.mask.expand(48, -1)
+    abar = alphas()
+    optimise, progress = optimisers([bridge], muon=0.005, adam=1e-3)
+    step, running = 0, 1.0
+    for share in progress_of(minutes):
+        progress(share)
+        pick = torch.randint(len(world.latents), (48,))
+        dropped = torch.rand(48) < 0.1
+        chosen = torch.where(dropped[:, None, None], empty.states, states[pick].float())
+        hidden = Hidden(chosen, torch.where(dropped[:, None], empty_mask, world.mask[pick]), None)
+        english = torch.where(dropped[:, None, None], world.empty_english, world.english[pick].float())
+        with autocast("cpu", torch.bfloat16):
+            native = bridge(hidden).context
+            if share < FIRST_STAGE:
+                loss = align(native, english).total
+            else:
+                times = torch.where(
+                    torch.rand(48) < 0.5, torch.randint(1000, (48,)), torch.randint(600, 1000, (48,))
+                )
+                noise = torch.randn(48, 4, 8, 8)
+                a = abar[times].view(-1, 1, 1, 1)
+                noisy = a.sqrt() * world.latents[pick] + (1 - a).sqrt() * noise
+                loss = distil(native, PeaBatch(noisy, noise, times.float(), english, torch.zeros(48))).total
+        loss.backward()
+        optimise()
+        running = 0.98 * running + 0.02 * float(loss.detach())
+        step += 1
+        if step % 200 == 0:
+            print(f"llm step {step} loss {running:.4f} share {share:.2f}", flush=True)
+        if step % 1000 == 0:
+            print(evaluate(work, world, encoder, bridge, 48), flush=True)
+    record = {"objective": "align, then pea", "steps": step, "batch": 48, "loss": running}
+    return bridge, {}, record
+
+
+def frozen_states(world: World, encoder: Encoder) -> tuple[Tensor, Hidden]:
+    """What a tower that no longer learns says of every caption [N, T, D] (fp16) and of the empty prompt."""
+    encoder.eval().requires_grad_(False)
+    with torch.no_grad():
+        parts = zip(world.ids.split(256), world.mask.split(256), strict=True)
+        return torch.cat([encoder(i, m).states.half() for i, m in parts]), encoder(*encoder.batch([""]))
 
 
 @torch.no_grad()
@@ -254,6 +356,10 @@ def evaluate(work: Path, world: World, encoder: Encoder, bridge: Bridge, count: 
         report[split] = round(judge.accuracy(marks)["attributes"], 4)
     return report
 
+
+METHODS = {"iap": train_iap, "pea": train_pea, "alt": train_alt, "llm": train_llm}
+TOWERS = {"llm": "pocket-zh-lm"}
+"""The tower of each method, when it is not the one trained from pictures."""
 
 if __name__ == "__main__":
     main()

@@ -30,15 +30,20 @@ from language_bridge.recipes.pocket_world import decode, latents_of, optimisers,
 IDENTITY = "pocket-zh"
 
 
-def new_tower(width: int = 128, layers: int = 3) -> Bert:
-    """A fresh Chinese tower; its vocabulary is the grammar's characters, ASCII and full-width punctuation."""
+def vocabulary() -> list[str]:
+    """Special tokens, the grammar's characters, ASCII, full-width punctuation, and pieces inside words."""
     ascii_signs = list(string.ascii_lowercase + string.digits + string.punctuation)
     wide = [chr(code) for code in (0x3001, 0x3002, 0xFF08, 0xFF09, 0xFF0C, 0xFF1A, 0xFF1B)]
     words = sorted({*captions.characters("zh"), *ascii_signs, *wide})
     pieces = [f"##{sign}" for sign in string.ascii_lowercase + string.digits]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *pieces]
-    spec = BertSpec(vocab=len(vocabulary), width=width, layers=layers, heads=4, inner=4 * width, window=77)
-    tower = Bert(spec, bert_tokenizer(vocabulary), identity=IDENTITY, window=77)
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *pieces]
+
+
+def new_tower(width: int = 128, layers: int = 3) -> Bert:
+    """A fresh Chinese tower over that vocabulary."""
+    words = vocabulary()
+    spec = BertSpec(vocab=len(words), width=width, layers=layers, heads=4, inner=4 * width, window=77)
+    tower = Bert(spec, bert_tokenizer(words), identity=IDENTITY, window=77)
     tower.reset_parameters()
     return tower
 

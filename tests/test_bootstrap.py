@@ -17,8 +17,10 @@ import pytest
 
 from language_bridge.harness import environment as made
 from language_bridge.harness.demo import (
+    POCKET_GRAPH,
     ROWS,
     Options,
+    all_rows,
     bridge_base,
     filled,
     real_model,
@@ -253,7 +255,9 @@ def test_demo_leaves_a_sheet_and_reports_every_row(environment: Environment, tmp
     report = json.loads(done.stdout.splitlines()[-1])
     assert Path(report["sheet"]) == tmp_path / "sheet.png"
     assert report["import_seconds"] <= 0.3
-    rows = {row.key: [p for p in report["pictures"] if p["row"] == row.key] for row in ROWS}
+    drawn = all_rows(json.loads(POCKET_GRAPH.read_text(encoding="utf-8")))
+    assert len(drawn) > len(ROWS)
+    rows = {row.key: [p for p in report["pictures"] if p["row"] == row.key] for row in drawn}
     for key, pictures in rows.items():
         assert len(pictures) == len(report["prompts"]), key
         assert all(Path(picture["path"]).read_bytes().startswith(b"\x89PNG") for picture in pictures)
@@ -262,8 +266,13 @@ def test_demo_leaves_a_sheet_and_reports_every_row(environment: Environment, tmp
         verdicts = [picture["judge"] for picture in rows[key]]
         return sum(v["right"] for v in verdicts) / sum(v["asked"] for v in verdicts)
 
-    assert share("chinese_bridge") > share("chinese_stock")
-    assert share("chinese_bridge") >= 0.9 * share("english_stock")
+    for row in drawn:
+        if row.bridged:
+            assert share(row.key) > share("chinese_stock"), row.key
+            least = (
+                0.5 if row.bridge == "pocket-llm.safetensors" else 0.9
+            )  # docs/pocket-world.md has its figures
+            assert share(row.key) >= least * share("english_stock"), row.key
 
 
 # -- the server ------------------------------------------------------------------------------------

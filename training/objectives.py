@@ -104,6 +104,50 @@ class Pea:
         return Loss(total, {"noise": noise, "logit": logit, "feature": feature})
 
 
+class Align:
+    """Rows drawn to the English rows: mean(1 - cosine) + length * mean((|native| - |English|)^2).
+
+    OmniDiffusion's first stage (arXiv 2405.12914; "cos-len" of the released code, where length = 2e-5).
+    """
+
+    def __init__(self, length: float = 2e-5) -> None:
+        self.length = length
+
+    def __call__(self, native: Tensor, english: Tensor) -> Loss:
+        """native, english: rows [B, N, C] of the same number."""
+        ours, theirs = native.float(), english.float()
+        cosine = (1 - nn.functional.cosine_similarity(ours, theirs, dim=-1)).mean()
+        length = (_lengths(ours) - _lengths(theirs)).square().mean()
+        return Loss(cosine + self.length * length, {"cosine": cosine, "length": length})
+
+
+class Diffusion:
+    """The plain diffusion loss, mean(w(t) (e_s - e)^2).
+
+    What AltDiffusion trains its U-Net with (arXiv 2308.09991; noise prediction and plain squared error as in
+    the authors' training configuration).
+
+    unet: predicts noise and may itself be learning, for example its cross-attention's keys and values.
+    weight: w, one number for each timestep [1000], or None for w = 1.
+    """
+
+    def __init__(self, unet: Denoiser, weight: Tensor | None = None) -> None:
+        self.unet = unet
+        self.weight = weight
+
+    def __call__(self, native: Tensor, noisy: Tensor, noise: Tensor, timestep: Tensor) -> Loss:
+        """native [B, N, C]; noisy, noise [B, 4, h, w]; timestep [B]."""
+        guess = self.unet(noisy, timestep, context=native)
+        each = (guess.float() - noise.float()).square().flatten(1).mean(1)
+        total = (each if self.weight is None else self.weight[timestep.long()] * each).mean()
+        return Loss(total, {"noise": total})
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Euclidean length of each row: [B, N, C] to [B, N]."""
+    return rows.square().sum(dim=-1).sqrt()
+
+
 def _flagged(ours: Tensor, theirs: Tensor, flag: Tensor) -> Tensor:
     """Mean over the whole batch of flag * (ours - theirs)^2 in fp32; the flag leaves the divisor alone."""
     return (flag.view(-1, *[1] * (ours.ndim - 1)) * (ours.float() - theirs.float()).square()).mean()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from language_bridge.training.objectives import Iap, Pea, PeaBatch
+from language_bridge.training.objectives import Align, Diffusion, Iap, Pea, PeaBatch
 from language_bridge.training.taps import CrossAttention, QueryTaps
 
 
@@ -78,3 +78,42 @@ def test_gradients_reach_the_native_text_and_nothing_else(unet: Any, batch: PeaB
     assert native.grad is not None and bool(native.grad.abs().sum() > 0)
     assert teacher.grad is None
     assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_diffusion_equals_its_formula_and_weighs_each_timestep(unet: Any, batch: PeaBatch) -> None:
+    """Without weights it is the mean squared error; with weights each sample counts by its own."""
+    native = batch.teacher
+    guess = unet(batch.noisy, batch.timestep, context=native)
+    each = (guess - batch.noise).square().flatten(1).mean(1)
+    arguments = (native, batch.noisy, batch.noise, batch.timestep)
+    torch.testing.assert_close(Diffusion(unet)(*arguments).total, each.mean())
+    weight = torch.zeros(1000)
+    weight[250] = 3.0
+    torch.testing.assert_close(Diffusion(unet, weight)(*arguments).total, 3.0 * each[1] / 4)
+
+
+def test_diffusion_reaches_text_and_whatever_learns_in_the_unet(unet: Any, batch: PeaBatch) -> None:
+    """The recipe of AltDiffusion lets keys and values learn, and the gradient must come to nothing else."""
+    learning = {name: p for name, p in unet.named_parameters() if ".attn2.to_k." in name}
+    for parameter in learning.values():
+        parameter.requires_grad_(True)
+    native = batch.teacher.clone().requires_grad_(True)
+    Diffusion(unet)(native, batch.noisy, batch.noise, batch.timestep).total.backward()
+    assert native.grad is not None and native.grad.abs().sum() > 0
+    touched = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    for parameter in learning.values():
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    assert touched == set(learning)
+
+
+def test_align_wants_direction_and_length() -> None:
+    """Equal rows cost nothing; a longer row costs length, a turned one costs angle."""
+    rows = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+    objective = Align(length=0.5)
+    assert float(objective(rows, rows).total) < 1e-6
+    longer = objective(2 * rows, rows).parts
+    assert float(longer["cosine"]) < 1e-6
+    torch.testing.assert_close(longer["length"], rows.norm(dim=-1).square().mean())
+    turned = objective(-rows, rows)
+    torch.testing.assert_close(turned.total, torch.tensor(2.0))
