@@ -180,7 +180,10 @@ def load_bridge(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LoadedBridge:
-    """Build what a bridge file holds, in `dtype` (None = float32); BridgeError when it is not whole."""
+    """Build what a bridge file holds, in `dtype` (None = float32); BridgeError when it is not whole.
+
+    With a dtype of 8 bits a tower's linear layers are stored in it; the rest, and the bridge, are float16.
+    """
     layout = guard.read_layout(path)
     text = layout.metadata.get(METADATA_KEY)
     if text is None:
@@ -213,8 +216,8 @@ def load_bridge(
     if tower is not None:
         weights = {name: tensors[name] for name in parts["tower"]}
         encoder = unpack_encoder(tower, weights, ops=ops, device=device, dtype=dtype)
-    bridge = create(header.kind, spec, ops=ops, device=device, dtype=dtype)
-    guard.fill(bridge, tensors, PREFIX, dtype, _OWNER)
+    bridge = create(header.kind, spec, ops=ops, device=device, dtype=guard.wide(dtype))
+    guard.fill(bridge, tensors, PREFIX, guard.wide(dtype), _OWNER)
     unet = {name[len(UNET_PREFIX) :]: tensors[name] for name in sorted(parts["unet"])}
     return LoadedBridge(header, bridge, encoder, unet)
 

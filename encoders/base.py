@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..bridges.base import Hidden, Ops, import_folder, parse_spec, register, require_sizes
 from ..bridges.errors import BridgeError
+from . import guard
 from .vocabulary import open_tokenizer, pieces
 
 if TYPE_CHECKING:
@@ -77,13 +78,18 @@ class Layers:
     device: torch.device | str | None
     dtype: torch.dtype | None
 
+    @property
+    def wide(self) -> torch.dtype | None:
+        """The dtype of all but linear layers: a tower stored in 8 bits computes in float16."""
+        return guard.wide(self.dtype)
+
     def linear(self, width_in: int, width_out: int, *, bias: bool = True) -> nn.Module:
         """A linear layer."""
         return self.ops.Linear(width_in, width_out, bias=bias, device=self.device, dtype=self.dtype)
 
     def norm(self, width: int, eps: float) -> nn.Module:
         """A LayerNorm with scale and shift."""
-        return self.ops.LayerNorm(width, eps=eps, device=self.device, dtype=self.dtype)
+        return self.ops.LayerNorm(width, eps=eps, device=self.device, dtype=self.wide)
 
     def scale(self, width: int, eps: float) -> RootMeanSquareNorm:
         """A root-mean-square norm with scale."""
@@ -91,7 +97,7 @@ class Layers:
 
     def embedding(self, rows: int, width: int) -> nn.Module:
         """A table of `rows` vectors."""
-        return self.ops.Embedding(rows, width, device=self.device, dtype=self.dtype)
+        return self.ops.Embedding(rows, width, device=self.device, dtype=self.wide)
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -100,7 +106,7 @@ class RootMeanSquareNorm(nn.Module):
     def __init__(self, width: int, eps: float, layers: Layers) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width, device=layers.device, dtype=layers.dtype))
+        self.weight = nn.Parameter(torch.ones(width, device=layers.device, dtype=layers.wide))
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., width] -> the same shape and dtype; the scale is moved to wherever the states are."""

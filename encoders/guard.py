@@ -177,6 +177,7 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 def _all_finite(tensor: Tensor) -> bool:
     # NaN and infinity show in the extremes, which cost far less to find than a verdict on every number.
+    tensor = tensor.to(wide(tensor.dtype) or tensor.dtype)  # extremes of 8-bit numbers are not to be had
     return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())
 
 
@@ -213,12 +214,18 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in cast("dict[str, Tensor]", module.state_dict()).items()}
 
 
+def wide(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to compute in: `dtype`, or float16 where that has 8 bits, which serve to store alone."""
+    return torch.float16 if dtype is not None and dtype.itemsize == 1 else dtype
+
+
 def fill(
     module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None, owner: str
 ) -> None:
     """Load the tensors under `prefix` into `module` in `dtype` (None = float32); BridgeError when one is odd.
 
-    Call `require_shapes` first. The cast happens here because host layers may adopt tensors as they come.
+    With a dtype of 8 bits each weight takes the dtype that its layer was made in. Call `require_shapes`
+    first. The cast happens here because host layers may adopt tensors as they come.
     """
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for name, tensor in found.items():
@@ -229,7 +236,11 @@ def fill(
                 "float16, bfloat16, float32 or float64",
                 _AGAIN,
             )
-    weights = {name: tensor.to(dtype or torch.float32) for name, tensor in found.items()}
+    made = cast("dict[str, Tensor]", module.state_dict()) if wide(dtype) != dtype else {}
+    weights = {
+        name: tensor.to(made[name[len(prefix) :]].dtype if made else dtype or torch.float32)
+        for name, tensor in found.items()
+    }
     # What `read_tensors` has checked can only leave the range when it becomes smaller.
     narrowed = {name: value for name, value in weights.items() if value.dtype != found[name].dtype}
     require_finite(narrowed, f"The weights of the {owner} cannot be used.")

@@ -26,7 +26,7 @@ def load_device() -> torch.device:
 
 
 def tower_dtype() -> torch.dtype:
-    """fp32 on a CPU; elsewhere what the host chooses for text towers (fp16 or bf16 where it can)."""
+    """fp32 on a CPU; elsewhere what the host chooses for text towers: fp16, bf16, or fp8 on demand."""
     device = load_device()
     return torch.float32 if management.is_device_cpu(device) else management.text_encoder_dtype(device)
 

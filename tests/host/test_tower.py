@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import comfy.model_management as management
+import comfy.ops
+import pytest
 import torch
 
 from language_bridge.bridges.base import Cond
+from language_bridge.bridges.file import load_bridge
+from language_bridge.encoders.file import load_encoder, save_encoder
+from language_bridge.tests.encoders.toys import TOYS
 from language_bridge.tests.fixtures.graph import Checkpoint, bridged
 from language_bridge.tests.fixtures.stock import encode
+from language_bridge.tests.fixtures.towers import tiny_bridge, tiny_tower, write_bridge
 
 RED_CAT = "\u7ea2\u8272\u7684\u732b"
 
@@ -80,3 +88,34 @@ def test_a_clip_that_is_dropped_leaves_no_tower_behind(sd1: Checkpoint) -> None:
     management.cleanup_models()
     gc.collect()
     assert reader() is None
+
+
+@pytest.mark.parametrize("family", sorted(TOYS))
+def test_a_tower_in_eight_bits_stores_its_matrices_so_and_computes_in_sixteen(
+    family: str, tmp_path: Path
+) -> None:
+    tower = TOYS[family]().eval()
+    save_encoder(tmp_path / "tower", tower)
+    dtype = torch.float8_e4m3fn
+    small = load_encoder(tmp_path / "tower", ops=comfy.ops.manual_cast, dtype=dtype)
+    stored = {parameter.dtype for parameter in small.parameters()}
+    assert dtype in stored and stored <= {dtype, torch.float16}
+    ids, mask = tower.batch(["a b", ""])
+    with torch.no_grad():
+        full, said = tower(ids, mask).states, small(ids, mask).states
+    assert said.dtype in (torch.float16, torch.float32) and bool(torch.isfinite(said).all())
+    likeness = torch.nn.functional.cosine_similarity(said.float().flatten(), full.flatten(), dim=0)
+    assert float(likeness) > 0.97
+    assert not torch.equal(said.float(), full)
+
+
+def test_a_bridge_behind_a_tower_in_eight_bits_stays_in_sixteen(tmp_path: Path) -> None:
+    tower = tiny_tower()
+    bridge = tiny_bridge("mlp", "sd1", tower)
+    path = write_bridge(tmp_path / "own.safetensors", "sd1", bridge, tower, inside=True)
+    loaded = load_bridge(path, ops=comfy.ops.manual_cast, dtype=torch.float8_e4m3fn)
+    assert {parameter.dtype for parameter in loaded.bridge.parameters()} == {torch.float16}
+    assert loaded.encoder is not None
+    with torch.no_grad():
+        rows = loaded.bridge(loaded.encoder(*tower.batch(["a"]))).context
+    assert rows.dtype == torch.float16 and bool(torch.isfinite(rows).all())
