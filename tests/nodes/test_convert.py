@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from language_bridge.bridges.errors import BridgeError
-from language_bridge.bridges.file import read_header
+from language_bridge.bridges.file import load_bridge, read_header
 from language_bridge.conversion import presets
 from language_bridge.encoders.file import read_encoder_header
+from language_bridge.harness.server import Server
 from language_bridge.host import folders
 from language_bridge.nodes import convert as node
 from language_bridge.nodes.convert import Convert
@@ -151,3 +152,43 @@ def test_the_choices_are_those_of_the_conversion() -> None:
     assert tuple(node.UNETS) == convert.UNET_CHOICES
     assert tuple(node.FORMS) == unet.FORMS
     assert set(node.preset_names()) == {*PUBLISHED().methods, *PUBLISHED().towers}
+
+
+def test_a_server_converts_a_download_of_true_size_and_offers_the_bridge(server: Server) -> None:
+    shapes = {"layernorm.weight": (1024,), "layernorm.bias": (1024,)}
+    for name, size in (("fc1", (1024, 1024)), ("fc2", (1280, 1024)), ("fc3", (2048, 1280))):
+        shapes |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    weights = {name: tensor.half() for name, tensor in random(shapes).items()}
+    assert sum(tensor.numel() for tensor in weights.values()) == 4_987_136  # PEA-Diffusion's first SDXL file
+    source = server.base / "models" / "text_encoders" / "pytorch_model.bin"
+    save(source, weights)
+    try:
+        options = server.ask("/object_info/LanguageBridgeConvert")["LanguageBridgeConvert"]["input"][
+            "required"
+        ]
+        inputs = {name: _first(option) for name, option in options.items()}
+        inputs |= {"source": "text_encoders/pytorch_model.bin", "preset": "pea-sdxl-xlm-roberta"}
+        entry = server.run({"1": {"class_type": "LanguageBridgeConvert", "inputs": inputs}})
+        report = "".join(entry["outputs"]["1"]["text"])
+        offered = server.ask("/object_info/LanguageBridge")["LanguageBridge"]["input"]["required"]["bridge"]
+        (made,) = [name for name in _options(offered) if "pea-sdxl" in name]
+        path = server.base / "models" / "language_bridges" / made
+        assert made in report
+        assert read_header(path).base == "sdxl"
+        loaded = load_bridge(path).bridge
+        assert torch.equal(loaded.state_dict()["fc.weight"], weights["fc3.weight"].float())
+        path.unlink()
+    finally:
+        source.unlink()
+
+
+def _options(described: Any) -> list[Any]:
+    kind, *more = described
+    return kind if isinstance(kind, list) else more[0].get("options", [])
+
+
+def _first(described: Any) -> Any:
+    """What the page would send for an untouched input."""
+    more = described[1] if len(described) > 1 else {}
+    options = _options(described)
+    return more.get("default", options[0] if options else None)
