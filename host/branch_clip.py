@@ -1,0 +1,180 @@
+"""BranchedClip: a real `comfy.sd.CLIP` that hands native text to a branch and English text to the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.sd
+import torch
+
+from ..bridges.errors import BridgeError
+from ..prompt import english_prompt, route
+from ..prompt.emphasis import emphasised
+from ..prompt.streams import NATIVE_ONLY, TWO_STREAMS, Segment
+from .branch_text import MARK, BranchText, chunks_of, weighed
+from .clip import SILENCE
+from .tower import NativeTower
+from .words import Chunk
+
+KEY = "native"
+"""Our entries in the tokens dict are this with the digest of the branch behind it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """How one branch hears: its tower, the route (one of `prompt.MODES`), the name of its file.
+
+    weighted: whether the weights of the prompt act on its native rows; own_length: whether its texts keep
+    their own length. Both are ours; the published system drops the weights and makes all texts equally long.
+    """
+
+    tower: NativeTower
+    route: str
+    name: str
+    weighted: bool = False
+    own_length: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its entry in the tokens dict."""
+        return f"{KEY}:{self.tower.digest[:16]}"
+
+    def cut(self, text: str, segments: list[Segment]) -> list[Chunk]:
+        """The native text of a prompt in chunks; a chunk of silence where none of it is native.
+
+        On the route native only, a prompt without English marks is read as it was typed, in the grammar of
+        the published script.
+        """
+        native = [(each.text, each.weight) for each in segments if each.stream == "native"]
+        if self.route == NATIVE_ONLY and len(native) == len(segments):
+            native = [(span.text, span.weight) for span in emphasised(text)]
+        return chunks_of(self.tower.encoder, native) if native else [[(SILENCE, 1.0, 0)]]
+
+    def hear(self, chunks: list[Chunk]) -> BranchText:
+        """What the branch reads of these chunks; BridgeError when the tower gives numbers that are odd."""
+        tower, encoder = self.tower, self.tower.encoder
+        ids = torch.tensor([[token for token, *_ in chunk] for chunk in chunks])
+        (nothing,) = chunks_of(encoder, ())
+        ids = torch.cat([ids, torch.tensor([[token for token, *_ in nothing]])])
+        cond = tower.read(ids, encoder.mask_of(ids))
+        if not bool(torch.isfinite(cond.context).all()):
+            raise BridgeError(
+                f"The text tower of the branch {self.name} gave numbers that are not finite.",
+                f"NaN or infinity in the native rows, computed in {tower.patcher.model_dtype()}",
+                "finite numbers",
+                "Start ComfyUI with --fp32-text-enc, or fetch the branch and its tower again.",
+            )
+        rows, empty = cond.context[:-1], cond.context[-1:]
+        said = weighed(rows, empty, chunks) if self.weighted else rows
+        spoken = self.route == NATIVE_ONLY or not torch.equal(ids[0], ids[-1])
+        marks = encoder.marks
+        return BranchText(
+            rows=said.clone(),
+            empty=empty.clone(),
+            edges=(len(marks.start), len(marks.end)),
+            pooled=None if cond.pooled is None else cond.pooled[:1].clone(),
+            empty_pooled=None if cond.pooled is None else cond.pooled[-1:].clone(),
+            speaks=spoken,
+            own_length=self.own_length,
+        )
+
+
+class BranchedClip(comfy.sd.CLIP):
+    """The checkpoint's own CLIP, which also says to each branch what its prompt means to it.
+
+    The context stays the own CLIP's over the English part of a prompt, or over nothing, as the branch was
+    trained. The native part goes over the branch's tower into an entry of our own in the conditioning.
+    """
+
+    voices: tuple[Voice, ...]
+
+    @staticmethod
+    def over(clip: Any, voice: Voice) -> BranchedClip:
+        """A clone of `clip` with a further voice; `clip` itself stays as it is."""
+        branched: Any = clip.clone()
+        branched.voices = (*getattr(clip, "voices", ()), voice)
+        branched.__class__ = BranchedClip
+        voice.tower.attach(branched.patcher)
+        return branched
+
+    def clone(self, *arguments: Any, **options: Any) -> BranchedClip:
+        """A branched clone; towers are shared, patches are not (stock meaning)."""
+        cloned: Any = super().clone(*arguments, **options)
+        cloned.__class__ = BranchedClip
+        cloned.voices = self.voices
+        return cloned
+
+    def with_voices(self, **changes: Any) -> BranchedClip:
+        """A clone whose voices are changed."""
+        cloned = self.clone()
+        cloned.voices = tuple(replace(voice, **changes) for voice in self.voices)
+        return cloned
+
+    def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list[Chunk]]:
+        """Stock tokens of the English stream and, for each voice, native chunks of (id, weight[, word id]).
+        """
+        # English words reach the checkpoint's CLIP unless every voice claims the whole prompt.
+        english = TWO_STREAMS if any(v.route == TWO_STREAMS for v in self.voices) else NATIVE_ONLY
+        prompt = english_prompt(route(text, english))
+        tokens: dict[str, list[Chunk]] = super().tokenize(prompt, return_word_ids, **options)
+        for voice in self.voices:
+            chunks = voice.cut(text, route(text, voice.route))
+            tokens[voice.key] = chunks if return_word_ids else [[t[:2] for t in chunk] for chunk in chunks]
+        return tokens
+
+    def encode_from_tokens(
+        self, tokens: Mapping[str, Any], return_pooled: Any = False, return_dict: bool = False
+    ) -> Any:
+        """Stock meaning of every argument; native text is in the dict alone."""
+        english, native = self._split(tokens)
+        with self._at_rest():
+            said = super().encode_from_tokens(english, return_pooled, return_dict)
+        if return_dict and native:
+            said[MARK] = self._hear(native)
+        return said
+
+    def encode_from_tokens_scheduled(
+        self,
+        tokens: Mapping[str, Any],
+        unprojected: bool = False,
+        add_dict: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[list[Any]]:
+        """Stock meaning; native text does not depend on CLIP hooks, so each keyframe gets the same."""
+        english, native = self._split(tokens)
+        with self._at_rest():
+            scheduled = super().encode_from_tokens_scheduled(
+                english, unprojected, dict(add_dict or {}), **options
+            )
+        if native:
+            mark = self._hear(native)
+            for entry in scheduled:
+                entry[1][MARK] = mark
+        return scheduled
+
+    def _split(self, tokens: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Chunk]]]:
+        """The stock tokens, and for each voice that has native text its chunks."""
+        keys = {voice.key for voice in self.voices}
+        native = {
+            key: value for key, value in tokens.items() if key in keys and value and value[0][0][0] != SILENCE
+        }
+        return {key: value for key, value in tokens.items() if key not in keys}, native
+
+    def _hear(self, native: Mapping[str, list[Chunk]]) -> dict[str, Any]:
+        return {
+            voice.tower.digest: voice.hear(native[voice.key]).pack()
+            for voice in self.voices
+            if voice.key in native
+        }
+
+    def _at_rest(self) -> ExitStack:
+        """While inside, loading the CLIP does not load the towers; they load themselves when they are asked.
+        """
+        stack = ExitStack()
+        for voice in self.voices:
+            stack.enter_context(voice.tower.at_rest())
+        return stack
