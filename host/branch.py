@@ -36,10 +36,14 @@ class BranchNet(ControlNet):
     """The host's ControlNet without its picture: encoder half and middle of a U-Net, and zero convolutions.
     """
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(
-            hint_channels=1, dtype=dtype, device=device, operations=comfy.ops.manual_cast, **config
-        )
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        operations: Any = comfy.ops.manual_cast,
+    ) -> None:
+        super().__init__(hint_channels=1, dtype=dtype, device=device, operations=operations, **config)
         del self.input_hint_block
         self.eval().requires_grad_(False)
 

@@ -120,6 +120,8 @@ def loop(
     steps: int = 2,
     cfg: float = 3.0,
     seed: int = 5,
+    y: Tensor | None = None,
+    scale: float = 0.18215,
 ) -> Tensor:
     """Euler's method by hand around the host's U-Net; residuals go its control's way.
 
@@ -135,9 +137,9 @@ def loop(
         *skips, middle = said(scaled, time)
         with torch.inference_mode():
             control = {"output": list(skips), "middle": [middle], "input": []}
-            no, yes = unet(scaled, time, context=context, control=control).chunk(2)
+            no, yes = unet(scaled, time, context=context, y=y, control=control).chunk(2)
         x = x + (no + cfg * (yes - no)) * (sigmas[number + 1] - sigmas[number])
-    return x / 0.18215
+    return x / scale
 
 
 Said = Callable[[Tensor, Tensor], list[Tensor]]
@@ -266,6 +268,31 @@ def test_two_branches_at_once_are_summed(sd1: Checkpoint) -> None:
 
     found = sample(model, encode(clip, RED_CAT), encode(clip, ""))
     assert near(found, loop(sd1, (empty, empty), both))
+
+
+def test_the_sdxl_option_reads_text_and_pooled_through_its_matrices(sdxl: Checkpoint, models: Path) -> None:
+    net = random_branch(TINY["sdxl"], token=48, pooled=(40, 1280))
+    path = write_branch(models / "language_bridges" / "branch-xl.safetensors", "sdxl", TOWER, net)
+    try:
+        model, clip = branched(sdxl, "branch-xl")
+    finally:
+        path.unlink()
+    texts = (LONG, RED_CAT)
+    empty = encode(sdxl.clip, "")
+    sizes = {"width": 64, "height": 64}
+    y = sdxl.model.model.encode_adm(pooled_output=empty[0][1]["pooled_output"], **sizes).expand(2, -1)
+    with torch.no_grad():
+        native = net.prompt_embeds_projection(torch.cat([read(ids_of(text), 3) for text in texts]))
+        ids, mask = TOWER.batch([text[:CAPACITY] for text in texts])
+        pooled = net.pooled_prompt_embeds_projection(TOWER(ids, mask).pooled)
+    added = torch.cat([pooled, y[:, 1280:]], dim=1)
+
+    def said(x: Tensor, times: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return net(x, times, native, added)
+
+    expected = loop(sdxl, (empty, empty), said, steps=1, y=y, scale=0.13025)
+    assert near(sample(model, encode(clip, texts[1]), encode(clip, texts[0]), steps=1), expected)
 
 
 # -- laws ----------------------------------------------------------------------------------------------------
