@@ -33,8 +33,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class BranchNet(ControlNet):
-    """The host's ControlNet without its picture: encoder half and middle of a U-Net, and zero convolutions.
-    """
+    """The host's ControlNet without its picture: encoder half, middle, and zero convolutions."""
 
     def __init__(
         self,
@@ -278,8 +277,19 @@ def branches_of(model: Any) -> list[Beside]:
 
 
 def limited(model: Any, start: float, end: float) -> Any:
-    """A clone of MODEL whose branches act from `start` to `end` of the sampling (shares, 0 to 1)."""
-    for beside in branches_of(model):
+    """A clone of MODEL whose branches act from `start` to `end` of the sampling (shares, 0 to 1).
+
+    BridgeError when it carries none.
+    """
+    carried = branches_of(model)
+    if not carried:
+        raise BridgeError(
+            "This MODEL has no branch.",
+            "a MODEL that comes from no Language Bridge node with a branch in it",
+            "the MODEL of such a node",
+            "Choose a branch in the Language Bridge node, or take this node away.",
+        )
+    for beside in carried:
         model = add_to(model, replace(beside, start=start, end=end))
     return model
 

@@ -1,5 +1,4 @@
-"""BranchedClip: a real `comfy.sd.CLIP` that hands native text to a branch and English text to the checkpoint.
-"""
+"""BranchedClip: a real `comfy.sd.CLIP` whose native text goes to a branch, its English text to the checkpoint."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ class BranchedClip(comfy.sd.CLIP):
         return cloned
 
     def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list[Chunk]]:
-        """Stock tokens of the English stream and, for each voice, native chunks of (id, weight[, word id]).
-        """
+        """Stock tokens of the English stream and, for each voice, chunks of (id, weight[, word id])."""
         # English words reach the checkpoint's CLIP unless every voice claims the whole prompt.
         english = TWO_STREAMS if any(v.route == TWO_STREAMS for v in self.voices) else NATIVE_ONLY
         prompt = english_prompt(route(text, english))
@@ -172,9 +170,20 @@ class BranchedClip(comfy.sd.CLIP):
         }
 
     def _at_rest(self) -> ExitStack:
-        """While inside, loading the CLIP does not load the towers; they load themselves when they are asked.
-        """
+        """While inside, loading the CLIP does not load the towers; they load when they are asked."""
         stack = ExitStack()
         for voice in self.voices:
             stack.enter_context(voice.tower.at_rest())
         return stack
+
+
+def require_branched(clip: Any) -> BranchedClip:
+    """`clip`, when it speaks to a branch; BridgeError else."""
+    if isinstance(clip, BranchedClip):
+        return clip
+    raise BridgeError(
+        "This CLIP speaks to no branch.",
+        "a CLIP that comes from no Language Bridge node with a branch in it",
+        "the CLIP of such a node",
+        "Choose a branch in the Language Bridge node, or take this node away.",
+    )

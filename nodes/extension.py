@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import folders
+from .branch import BranchSettings
 from .checkpoint import BridgeCheckpoint
 from .convert import Convert
 from .language_bridge import LanguageBridge
@@ -15,6 +16,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PocketCheckpoint,
     Convert,
     BridgeCheckpoint,
+    BranchSettings,
 )
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""
 
