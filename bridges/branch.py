@@ -114,8 +114,7 @@ class Branch(Bridge, kind="branch"):
 
     @classmethod
     def unet_part(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The network, under the names of single files; `zero_convs.i.0`, `middle_block_out.0` for its ends.
-        """
+        """The network, named as in single files; its ends are `zero_convs.i.0` and `middle_block_out.0`."""
         if MARK not in tensors:
             return {}
         # The names alone say where a tensor belongs, so none is read from the disk for it.

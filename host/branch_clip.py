@@ -1,4 +1,4 @@
-"""BranchedClip: a real `comfy.sd.CLIP` whose native text goes to a branch, its English text to the checkpoint."""
+"""BranchedClip: a real `comfy.sd.CLIP` whose native text goes to a branch, and only that."""
 
 from __future__ import annotations
 

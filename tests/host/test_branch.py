@@ -28,6 +28,7 @@ from language_bridge.encoders.bert import BertSpec, bert_tokenizer
 from language_bridge.encoders.file import save_encoder
 from language_bridge.host import branch
 from language_bridge.host.branch_text import MARK
+from language_bridge.host.pocket import load_pocket
 from language_bridge.nodes.language_bridge import LanguageBridge
 from language_bridge.tests.fixtures.branches import SD15, TINY, PublishedBranch, random_branch, write_branch
 from language_bridge.tests.fixtures.checkpoints import FAMILIES, POCKET
@@ -221,6 +222,29 @@ def test_latents_are_those_of_a_plain_loop(
     found = sample(model, encode(clip, positive), encode(clip, negative), steps=4)
     assert near(found, expected)
     assert not near(found, sample(sd1.model, empty, empty, steps=4), 1e-2)
+
+
+def test_latents_of_a_model_that_paints_agree_to_1e_4(models: Path) -> None:
+    """The same on the pocket checkpoint, whose latents have the usual size."""
+    pocket = Checkpoint("pocket", *load_pocket())
+    tower = branch_tower("tiny-branch-pocket", 32)
+    net = random_branch(TINY["pocket"])
+    made = [models / "text_encoders" / "branch-pocket-tower.safetensors"]
+    save_encoder(made[0], tower)
+    made.append(write_branch(models / "language_bridges" / "branch-pocket.safetensors", "pocket", tower, net))
+    try:
+        model, clip = branched(pocket, "branch-pocket")
+        positive, negative = encode(clip, LONG), encode(clip, BLUE_DOG)
+    finally:
+        for path in made:
+            path.unlink()
+    native = torch.cat([read(ids_of(text), 3, tower) for text in (BLUE_DOG, LONG)])
+    empty = encode(pocket.clip, "")
+    expected = loop(pocket, (empty, empty), speak(net, native), steps=4)
+    found = sample(model, positive, negative, steps=4)
+    print("ERR", float((found - expected).abs().max()), float(expected.abs().max()))
+    assert bool((found - expected).abs().max() <= 1e-4)
+    assert bool((found - sample(pocket.model, empty, empty, steps=4)).abs().max() > 0.1)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 7.5])
