@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -133,6 +134,8 @@ class BranchedClip(comfy.sd.CLIP):
             said = super().encode_from_tokens(english, return_pooled, return_dict)
         if return_dict and native:
             said[MARK] = self._hear(native)
+        elif native:
+            logging.warning("a node asked for English text alone; the native text of its prompt is left out")
         return said
 
     def encode_from_tokens_scheduled(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bridges.base import Cond
 from ..encoders.base import Encoder
 from .rows import Weights
 from .words import Chunk
@@ -58,10 +59,11 @@ def chunks_of(encoder: Encoder, texts: Iterable[tuple[str, float]]) -> list[Chun
 class BranchText:
     """What a branch reads of one text.
 
-    rows: of its chunks, [M, T, C], edges and all; empty: of a chunk without text, [1, T, C]; edges: how many
-    rows of start and of end each chunk has; pooled, empty_pooled: [1, P] of the first chunk, for SDXL;
-    speaks: whether there is anything to read; own_length: not padded to the length of the others (ours, not
-    BDM's). In a conditioning it is a plain dict of tensors, numbers and truth values, which can be saved.
+    rows: of its chunks, [M, T, C], or [B, M, T, C] for a batch of texts, edges and all; empty: of a chunk
+    without text, [1, T, C]; edges: how many rows of start and of end each chunk has; pooled, empty_pooled:
+    [1, P] of the first chunk, for SDXL; speaks: whether there is anything to read; own_length: not padded to
+    the length of the others (ours, not BDM's). In a conditioning it is a plain dict of tensors, numbers and
+    truth values, which can be saved.
     """
 
     rows: Tensor
@@ -75,26 +77,28 @@ class BranchText:
     @property
     def count(self) -> int:
         """Number of chunks."""
-        return len(self.rows)
+        return self.rows.shape[-3]
 
     def nothing(self) -> BranchText:
         """The empty text of the same tower."""
         return replace(self, rows=self.empty, pooled=self.empty_pooled, speaks=False, own_length=False)
 
     def read(self, count: int) -> Tensor:
-        """The text in `count` chunks [1, L, C], L = count * capacity + edges; its own number when that is
-        set.
+        """The text in `count` chunks, or its own number when that is set: [B, L, C].
+
+        L = count * capacity + edges.
         """
         count = self.count if self.own_length else max(count, self.count)
-        lacking = self.empty.expand(count - self.count, -1, -1)
+        rows = self.rows if self.rows.ndim == 4 else self.rows[None]
+        lacking = self.empty.expand(len(rows), count - self.count, -1, -1)
         start, end = self.edges
-        rows = list(torch.cat([self.rows, lacking]))
-        width = self.rows.shape[1]
+        width = rows.shape[2]
+        chunks = torch.cat([rows, lacking], dim=1).unbind(1)
         kept = [
-            row[start if number else 0 : width if number == count - 1 else width - end]
-            for number, row in enumerate(rows)
+            chunk[:, start if number else 0 : width if number == count - 1 else width - end]
+            for number, chunk in enumerate(chunks)
         ]
-        return torch.cat(kept)[None]
+        return torch.cat(kept, dim=1)
 
     def pack(self) -> dict[str, Any]:
         """The plain dict."""
@@ -118,8 +122,6 @@ def weighed(rows: Tensor, empty: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     word = torch.tensor(
         [[bool(rest[0]) if rest else weight != 1.0 for _, weight, *rest in chunk] for chunk in chunks]
     )
-    from ..bridges.base import Cond
-
     weights = Weights(loud, word, 1.0)
     joined, _ = weights.apply(Cond(torch.cat([rows, empty])), tokenwise=True)
     return joined.view(rows.shape)
