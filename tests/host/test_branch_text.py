@@ -22,7 +22,7 @@ def tower(window: int = 52):  # noqa: ANN201 - a family's own class
 
 
 def script(payload: list[int]) -> list[list[int]]:
-    """The chunks of BDM's inference.py: pad as a whole, cut, cover both ends, put the end at the first pad."""
+    """The chunks of BDM's inference.py: pad the whole, cut, cover both ends, put the end at the first pad."""
     count = max(1, min(5, -(-len(payload) // 50)))
     whole = [START, *payload[:250], *[PAD] * (50 * count - len(payload[:250])), PAD]
     chunks = [whole[50 * number : 50 * number + 52] for number in range(count)]
