@@ -109,16 +109,21 @@ def build(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Bran
 class Beside:
     """One branch at one MODEL: its network, how loud it is, and from which to which part of the sampling.
 
+    patcher: of the network, one for all MODELs: the host takes a network without its patcher for lost;
     strength: factor of every residual; start, end: shares of the sampling, 0 to 1.
     """
 
     name: str
     digest: str
-    net: BranchNet
     patcher: Any
     strength: float
     start: float = 0.0
     end: float = 1.0
+
+    @property
+    def net(self) -> BranchNet:
+        """The network, which the patcher keeps."""
+        return self.patcher.model
 
     @property
     def key(self) -> str:

@@ -51,7 +51,7 @@ class Voice:
         """
         native = [(each.text, each.weight) for each in segments if each.stream == "native"]
         if self.route == NATIVE_ONLY and len(native) == len(segments):
-            native = [(span.text, span.weight) for span in emphasised(text)]
+            native = emphasised(text)
         return chunks_of(self.tower.encoder, native) if native else [[(SILENCE, 1.0, 0)]]
 
     def hear(self, chunks: list[Chunk]) -> BranchText:

@@ -41,8 +41,8 @@ _TEMPLATES = {"mulan": {"before": "summarize:"}}
 
 TOWERS: WeakValueDictionary[tuple[str, torch.dtype], NativeTower] = WeakValueDictionary()
 PARTS: WeakValueDictionary[tuple[str, torch.dtype], UnetPart] = WeakValueDictionary()
-BRANCHES: WeakValueDictionary[tuple[str, torch.dtype], branch.BranchNet] = WeakValueDictionary()
-"""What living graphs hold, by digest of the bridge and dtype."""
+BRANCHES: WeakValueDictionary[tuple[str, torch.dtype], Any] = WeakValueDictionary()
+"""What living graphs hold, by digest of the bridge and dtype; of branches, the patchers."""
 
 
 def bridge(
@@ -102,16 +102,17 @@ def _branched(
             "Remove one of the two nodes, or choose another branch in it.",
         )
     ops, dtype, unet_dtype = comfy.ops.manual_cast, tower_dtype(), model.model.get_dtype_inference()
-    native, net = TOWERS.get((digest, dtype)), BRANCHES.get((digest, unet_dtype))
-    if native is None or net is None:
+    native, patcher = TOWERS.get((digest, dtype)), BRANCHES.get((digest, unet_dtype))
+    if native is None or patcher is None:
         loaded = load_bridge(files[0], ops=ops, dtype=dtype)
         if native is None:
             encoder = loaded.encoder or load_encoder(files[-1], ops=ops, dtype=dtype)
             _check_width(encoder, loaded.bridge, name)
             TOWERS[digest, dtype] = native = NativeTower(encoder, loaded.bridge, digest)
-        if net is None:
-            BRANCHES[digest, unet_dtype] = net = branch.build(model, loaded.unet, unet_dtype)
-    beside = branch.Beside(name, digest, net, branch.patcher_of(net, model), strength)
+        if patcher is None:
+            patcher = branch.patcher_of(branch.build(model, loaded.unet, unet_dtype), model)
+            BRANCHES[digest, unet_dtype] = patcher
+    beside = branch.Beside(name, digest, patcher, strength)
     return branch.add_to(model, beside), BranchedClip.over(clip, Voice(native, route, name))
 
 

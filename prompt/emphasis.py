@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 
-from .weights import EMPHASIS, Span
+from .weights import EMPHASIS
 
 _PIECE = re.compile(r"\\[()\[\]\\]|\\|[(\[\])]|:(?P<number>[+-]?[.\d]+)\)|[^\\()\[\]:]+|:")
 
 
-def emphasised(text: str) -> list[Span]:
-    """Cut a prompt into spans of one weight each, neighbours of equal weight joined; never an empty list."""
+def emphasised(text: str) -> list[tuple[str, float]]:
+    """Cut a prompt into texts with their weights, neighbours of equal weight joined; never an empty list."""
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -43,13 +43,13 @@ def emphasised(text: str) -> list[Span]:
     for bracket, factor in (("(", EMPHASIS), ("[", 1 / EMPHASIS)):
         for start in opened[bracket]:
             weigh(start, factor)
-    spans: list[Span] = []
+    spans: list[tuple[str, float]] = []
     for piece, weight in pieces:
-        if spans and spans[-1].weight == weight:
-            spans[-1] = Span(spans[-1].text + piece, weight)
+        if spans and spans[-1][1] == weight:
+            spans[-1] = (spans[-1][0] + piece, weight)
         else:
-            spans.append(Span(piece, weight))
-    return spans or [Span("", 1.0)]
+            spans.append((piece, weight))
+    return spans or [("", 1.0)]
 
 
 def _number(text: str | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -591,6 +592,24 @@ def test_gradients_go_through_the_residuals(sd1: Checkpoint) -> None:
     unet(x, time, context=text, transformer_options=options).square().sum().backward()
     assert x.grad is not None and native.grad is not None
     assert bool(x.grad.any()) and bool(native.grad.any())
+
+
+def test_graphs_share_the_network_and_the_host_never_takes_it_for_lost(
+    sd1: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = branched(sd1, strength=0.3)
+    sample(first[0], encode(first[1], RED_CAT), encode(first[1], ""), steps=1)
+    model, clip = branched(sd1)
+    (one,), (other,) = branch.branches_of(first[0]), branch.branches_of(model)
+    assert one.net is other.net and one.strength != other.strength
+    del first, one, other
+    gc.collect()
+    changed = branch.limited(model.clone(), 0.0, 0.9)
+    del model
+    gc.collect()
+    for _ in range(2):
+        sample(changed, encode(clip, RED_CAT), encode(clip, ""), steps=1)
+    assert "memory leak" not in caplog.text
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
