@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .taps import BlockTaps, CrossAttention
+from ..bridges.errors import BridgeError
+from .taps import BlockTaps
+
+_COMPARED = ("output", "heads", "weights")
+_DISTANCES = ("squared", "absolute", "cosine")
 
 
 @dataclass(frozen=True)
@@ -28,30 +32,123 @@ class Denoiser(Protocol):
     def __call__(self, noisy: Tensor, timestep: Tensor, *, context: Tensor) -> Tensor: ...
 
 
+class Attention(Protocol):
+    """Image queries [B, pixels, C'] over a text context [B, N, C]; `CrossAttention` is one."""
+
+    def attend(self, queries: Tensor, context: Tensor, projected: bool = True) -> Tensor:
+        """What the queries find, [B, pixels, C'']."""
+        ...
+
+    def weights(self, queries: Tensor, context: Tensor) -> Tensor:
+        """How much each query looks at each row, [B, heads, pixels, N]."""
+        ...
+
+
+class PlainAttention:
+    """Attention without weights: the rows of a text are its keys and its values.
+
+    With the tokens of an image encoder as queries [B, M, C], as wide as the text, this is the reading of
+    "Images As Pivots" in which image and text meet in CLIP's space and no U-Net is asked.
+    """
+
+    def attend(self, queries: Tensor, context: Tensor, projected: bool = True) -> Tensor:
+        """softmax(q k / sqrt(C)) k: [B, M, C]; there is no projection to leave out."""
+        return nn.functional.scaled_dot_product_attention(queries, context, context)
+
+    def weights(self, queries: Tensor, context: Tensor) -> Tensor:
+        """[B, 1, M, N], sums are one."""
+        return (queries @ context.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1)[:, None]
+
+
+@dataclass(frozen=True)
+class IapSettings:
+    """What "Images As Pivots" leaves open, as values; the defaults are ours and trained `pocket-iap`.
+
+    compare: "output", what a cross-attention hands on; "heads", what its heads found before the projection
+    that mixes them; "weights", where the heads look, which needs texts of equal length.
+    distance: "squared", "absolute" or "cosine" (one minus it, along the channels, or the text for weights).
+    scaled: whether each layer's distance is divided by the variance of its target, so that all layers count
+    alike; a cosine is scaled as it is.
+    layers: numbers of the cross-attentions in running order that count, from 0; None for all.
+    """
+
+    compare: Literal["output", "heads", "weights"] = "output"
+    distance: Literal["squared", "absolute", "cosine"] = "squared"
+    scaled: bool = True
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("compare", _COMPARED), ("distance", _DISTANCES)):
+            if getattr(self, name) not in known:
+                raise BridgeError(
+                    f"The IAP-style objective does not know this choice of {name}.",
+                    repr(getattr(self, name)),
+                    " or ".join(known),
+                    "Choose one of these.",
+                )
+
+
 class Iap:
     """IAP-style: image queries attend to native text as they attend to English text.
 
     After "Images As Pivots" (arXiv 2305.11540, abstract): the distance between cross-attention(image, native)
     and cross-attention(image, English) is minimised, and only the native side learns. The paper's choice of
-    attention is not published in code; here the queries, keys, values and output projections are the frozen
-    U-Net's own, which makes this a relative of the paper's method and not a copy. Each layer's squared
-    distance is divided by the variance of its target, so that every layer counts alike.
+    attention is not published in code, so this is a relative of the paper's method and not a copy. Which
+    attention it is, is chosen by `layers`: those of the frozen U-Net, with its projections (`pocket-iap` was
+    trained so), or a `PlainAttention` over the tokens of an image encoder. `IapSettings` holds what else is
+    open.
     """
 
-    def __init__(self, layers: Sequence[CrossAttention]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Attention],
+        settings: IapSettings = IapSettings(),  # noqa: B008 (frozen)
+    ) -> None:
         self.layers = list(layers)
+        self.settings = settings
+        count = len(self.layers)
+        self.counted = range(count) if settings.layers is None else settings.layers
+        if not self.counted or not all(0 <= number < count for number in self.counted):
+            raise BridgeError(
+                "The IAP-style objective cannot compare these layers.",
+                f"layers {list(self.counted)} of a U-Net with {count} cross-attentions",
+                f"at least one, each from 0 to {count - 1}",
+                "Choose other layers, or all of them.",
+            )
 
     def __call__(self, queries: Sequence[Tensor], native: Tensor, english: Tensor) -> Loss:
         """queries: one [B, pixels, channels] for each layer; native, english: contexts [B, N, C] and [B, M,
         C].
         """
         terms: dict[str, Tensor] = {}
-        for index, (layer, query) in enumerate(zip(self.layers, queries, strict=True)):
+        pairs = list(zip(self.layers, queries, strict=True))
+        for index in self.counted:
+            layer, query = pairs[index]
             with torch.no_grad():
-                target = layer.attend(query, english)
-            distance = (layer.attend(query, native) - target).square().mean()
-            terms[f"layer{index}"] = distance / target.var().clamp(min=1e-6)
+                target = self._look(layer, query, english)
+            distance = self._distance(self._look(layer, query, native), target)
+            scaled = self.settings.scaled and self.settings.distance != "cosine"
+            terms[f"layer{index}"] = distance / target.var().clamp(min=1e-6) if scaled else distance
         return Loss(torch.stack(list(terms.values())).mean(), terms)
+
+    def _look(self, layer: Attention, query: Tensor, context: Tensor) -> Tensor:
+        compare = self.settings.compare
+        if compare == "weights":
+            return layer.weights(query, context)
+        return layer.attend(query, context, projected=compare == "output")
+
+    def _distance(self, ours: Tensor, target: Tensor) -> Tensor:
+        if ours.shape != target.shape:
+            raise BridgeError(
+                "The IAP-style objective cannot compare these texts.",
+                f"attention of shapes {list(ours.shape)} and {list(target.shape)}",
+                "native and English text of the same number of rows",
+                'Compare "output" or "heads", or pad both texts to one length.',
+            )
+        if self.settings.distance == "cosine":
+            return (1 - nn.functional.cosine_similarity(ours.float(), target.float(), dim=-1)).mean()
+        apart = ours - target
+        return apart.square().mean() if self.settings.distance == "squared" else apart.abs().mean()
 
 
 @dataclass(frozen=True)

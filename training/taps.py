@@ -94,11 +94,21 @@ class CrossAttention:
         """All of a U-Net's, in the order of `QueryTaps.queries`."""
         return [CrossAttention(module) for module in cross_attentions(unet)]
 
-    def attend(self, queries: Tensor, context: Tensor) -> Tensor:
-        """Queries [B, pixels, C'] over a context [B, N, C], unmasked as in SD: [B, pixels, C']."""
-        parts = cast(Any, self.module)
-        heads = int(parts.heads)
-        inputs: list[Tensor] = [queries, parts.to_k(context), parts.to_v(context)]
-        query, key, value = (cast(Any, t).unflatten(-1, (heads, -1)).transpose(1, 2) for t in inputs)
-        found = nn.functional.scaled_dot_product_attention(query, key, value)
-        return parts.to_out[0](found.transpose(1, 2).flatten(2))
+    def attend(self, queries: Tensor, context: Tensor, projected: bool = True) -> Tensor:
+        """Queries [B, pixels, C'] over a context [B, N, C], unmasked as in SD: [B, pixels, C'].
+
+        projected: with the output projection, which mixes the heads; without it, what the heads found.
+        """
+        value = self._by_head(cast(Any, self.module).to_v(context))
+        query, key = self._by_head(queries), self._by_head(cast(Any, self.module).to_k(context))
+        found = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return cast(Any, self.module).to_out[0](found) if projected else found
+
+    def weights(self, queries: Tensor, context: Tensor) -> Tensor:
+        """How much each query looks at each row of the context: [B, heads, pixels, N], sums are one."""
+        query, key = self._by_head(queries), self._by_head(cast(Any, self.module).to_k(context))
+        return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+
+    def _by_head(self, values: Tensor) -> Tensor:
+        heads = int(cast(Any, self.module).heads)
+        return cast(Any, values).unflatten(-1, (heads, -1)).transpose(1, 2)

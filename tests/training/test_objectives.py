@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from language_bridge.training.objectives import Align, Diffusion, Iap, Pea, PeaBatch
+from language_bridge.bridges.errors import BridgeError
+from language_bridge.training.objectives import (
+    Align,
+    Diffusion,
+    Iap,
+    IapSettings,
+    Pea,
+    PeaBatch,
+    PlainAttention,
+)
 from language_bridge.training.taps import CrossAttention, QueryTaps
 
 
@@ -35,6 +44,82 @@ def test_iap_is_zero_for_equal_text_and_grows_with_distance(unet: Any, batch: Pe
     near = objective(taps.queries, batch.teacher + 0.01, batch.teacher).total
     far = objective(taps.queries, batch.teacher + 1.0, batch.teacher).total
     assert 0 < float(near) < float(far)
+
+
+@pytest.mark.parametrize("compare", ["output", "heads", "weights"])
+@pytest.mark.parametrize("distance", ["squared", "absolute", "cosine"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_every_choice_that_the_paper_leaves_open_is_a_distance(
+    unet: Any, batch: PeaBatch, compare: Any, distance: Any, scaled: bool
+) -> None:
+    """Zero at the English text, positive elsewhere, and its gradient leads there."""
+    with QueryTaps(unet) as taps:
+        unet(batch.noisy, batch.timestep, context=batch.teacher)
+    objective = Iap(CrossAttention.of(unet), IapSettings(compare, distance, scaled))
+    assert abs(float(objective(taps.queries, batch.teacher, batch.teacher).total)) < 1e-6
+    other = torch.randn(batch.teacher.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    before = objective(taps.queries, other, batch.teacher).total
+    (slope,) = torch.autograd.grad(before, other)
+    step = 1e-3 * float(before) / float(slope.square().sum())
+    after = objective(taps.queries, other - step * slope, batch.teacher).total
+    assert 0 < float(after) < float(before)
+
+
+def test_the_choices_say_what_they_say(unet: Any, batch: PeaBatch) -> None:
+    with QueryTaps(unet) as taps:
+        unet(batch.noisy, batch.timestep, context=batch.teacher)
+    layers, native = CrossAttention.of(unet), batch.teacher + 0.3
+    layer, query = layers[1], taps.queries[1]
+    ours, target = (layer.attend(query, text) for text in (native, batch.teacher))
+
+    def only(**settings: Any) -> float:
+        return float(
+            Iap(layers, IapSettings(layers=(1,), **settings))(taps.queries, native, batch.teacher).total
+        )
+
+    assert only(scaled=False) == pytest.approx(float((ours - target).square().mean()))
+    assert only() == pytest.approx(float((ours - target).square().mean() / target.var()))
+    assert only(distance="absolute", scaled=False) == pytest.approx(float((ours - target).abs().mean()))
+    cosine = torch.nn.functional.cosine_similarity(ours, target, dim=-1)
+    assert only(distance="cosine") == pytest.approx(float(1 - cosine.mean()), rel=1e-4)
+    found = layer.attend(query, native, projected=False)
+    torch.testing.assert_close(layer.module.to_out[0](found), ours)
+    weights = layer.weights(query, native)
+    value = layer.module.to_v(native).unflatten(-1, (layer.module.heads, -1)).transpose(1, 2)
+    torch.testing.assert_close((weights @ value).transpose(1, 2).flatten(2), found)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_image_and_text_can_meet_without_a_unet(batch: PeaBatch) -> None:
+    """Queries of an image encoder: the textbook's attention, with the text as keys and values."""
+    image = torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(3))
+    plain = PlainAttention()
+    weights = (image @ batch.teacher.transpose(1, 2) / 24**0.5).softmax(-1)
+    torch.testing.assert_close(plain.weights(image, batch.teacher)[:, 0], weights)
+    torch.testing.assert_close(plain.attend(image, batch.teacher), weights @ batch.teacher)
+    native = batch.teacher.flip(0).clone().requires_grad_()
+    objective = Iap([plain])
+    assert float(objective([image], batch.teacher, batch.teacher).total) == 0.0
+    loss = objective([image], native, batch.teacher).total
+    assert float(loss) > 0
+    loss.backward()
+    assert native.grad is not None and bool(native.grad.abs().sum() > 0)
+
+
+def test_choices_that_cannot_be_are_refused(unet: Any, batch: PeaBatch) -> None:
+    wrong: Any = "sum"
+    for settings in ({"compare": wrong}, {"distance": wrong}):
+        with pytest.raises(BridgeError, match="IAP"):
+            IapSettings(**settings)
+    layers = CrossAttention.of(unet)
+    for chosen in ((), (len(layers),), (-1,)):
+        with pytest.raises(BridgeError, match="layers"):
+            Iap(layers, IapSettings(layers=chosen))
+    with QueryTaps(unet) as taps:
+        unet(batch.noisy, batch.timestep, context=batch.teacher)
+    longer = torch.cat([batch.teacher, batch.teacher], dim=1)
+    with pytest.raises(BridgeError, match="texts"):
+        Iap(layers, IapSettings(compare="weights"))(taps.queries, longer, batch.teacher)
 
 
 def test_pea_terms_follow_the_flag(unet: Any, batch: PeaBatch) -> None:
