@@ -12,10 +12,10 @@ import comfy.sd
 import torch
 
 from ..bridges.errors import BridgeError
-from ..prompt import english_prompt, route
+from ..prompt import english_prompt, parts, route
 from ..prompt.emphasis import emphasised
 from ..prompt.streams import NATIVE_ONLY, TWO_STREAMS, Segment
-from .branch_text import MARK, BranchText, chunks_of, weighed
+from .branch_text import MARK, MOST_CHUNKS, BranchText, chunks_of, weighed
 from .clip import SILENCE
 from .tower import NativeTower
 from .words import Chunk
@@ -46,13 +46,14 @@ class Voice:
     def cut(self, text: str, segments: list[Segment]) -> list[Chunk]:
         """The native text of a prompt in chunks; a chunk of silence where none of it is native.
 
-        On the route native only, a prompt without English marks is read as it was typed, in the grammar of
-        the published script.
+        What stands behind a BREAK begins a chunk. On the route native only, a prompt without marks is read as
+        it was typed, in the grammar of the published script.
         """
-        native = [(each.text, each.weight) for each in segments if each.stream == "native"]
-        if self.route == NATIVE_ONLY and len(native) == len(segments):
-            native = emphasised(text)
-        return chunks_of(self.tower.encoder, native) if native else [[(SILENCE, 1.0, 0)]]
+        native = [[(s.text, s.weight) for s in part if s.stream == "native"] for part in parts(segments)]
+        if self.route == NATIVE_ONLY and all(segment.stream == "native" for segment in segments):
+            native = [emphasised(text)]
+        chunks = [chunk for part in native if part for chunk in chunks_of(self.tower.encoder, part)]
+        return chunks[:MOST_CHUNKS] or [[(SILENCE, 1.0, 0)]]
 
     def hear(self, chunks: list[Chunk]) -> BranchText:
         """What the branch reads of these chunks; BridgeError when the tower gives numbers that are odd."""
@@ -114,15 +115,33 @@ class BranchedClip(comfy.sd.CLIP):
         cloned.voices = tuple(replace(voice, **changes) for voice in self.voices)
         return cloned
 
-    def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list[Chunk]]:
+    def tokenize(self, text: Any, return_word_ids: bool = False, **options: Any) -> dict[str, list[Chunk]]:
         """Stock tokens of the English stream and, for each voice, chunks of (id, weight[, word id])."""
+        if not isinstance(text, str):  # some packs hand over a list of texts, for the stock towers alone
+            tokens = super().tokenize(text, return_word_ids, **options)
+            silence = (SILENCE, 1.0, 0) if return_word_ids else (SILENCE, 1.0)
+            return tokens | {voice.key: [[silence]] for voice in self.voices}
         # English words reach the checkpoint's CLIP unless every voice claims the whole prompt.
         english = TWO_STREAMS if any(v.route == TWO_STREAMS for v in self.voices) else NATIVE_ONLY
-        prompt = english_prompt(route(text, english))
-        tokens: dict[str, list[Chunk]] = super().tokenize(prompt, return_word_ids, **options)
+        tokens = self._tokenize_english(parts(route(text, english)), return_word_ids, options)
         for voice in self.voices:
             chunks = voice.cut(text, route(text, voice.route))
             tokens[voice.key] = chunks if return_word_ids else [[t[:2] for t in chunk] for chunk in chunks]
+        return tokens
+
+    def _tokenize_english(
+        self, groups: list[list[Segment]], word_ids: bool, options: Mapping[str, Any]
+    ) -> dict[str, list[Chunk]]:
+        """Stock tokens; the English of each part that has some begins a window."""
+        prompts = [english_prompt(group) for group in groups]
+        spoken = [prompt for prompt in prompts if prompt.strip()] if len(prompts) > 1 else prompts
+        tokens: dict[str, list[Chunk]] = super().tokenize(spoken[0] if spoken else "", word_ids, **options)
+        for prompt in spoken[1:]:
+            for key, chunks in super().tokenize(prompt, word_ids, **options).items():
+                last = max((t[2] for chunk in tokens[key] for t in chunk), default=0) if word_ids else 0
+                tokens[key] = tokens[key] + [
+                    [(*t[:2], t[2] and t[2] + last) if word_ids else t for t in chunk] for chunk in chunks
+                ]
         return tokens
 
     def encode_from_tokens(

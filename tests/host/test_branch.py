@@ -362,6 +362,17 @@ def test_native_only_reads_the_prompt_as_it_was_typed(sd1: Checkpoint) -> None:
     assert same(encode(clip, "a cat")[0][0], encode(sd1.clip, "")[0][0])
 
 
+def test_behind_a_break_each_stream_begins_a_window(sd1: Checkpoint) -> None:
+    _, clip = branched(sd1)
+    ((rows, facts),) = encode(clip, f"{RED_CAT} big BREAK {BLUE_DOG} BREAK dog")
+    (mark,) = facts[MARK].values()
+    assert torch.equal(mark["rows"], torch.cat([read(ids_of(text), 1) for text in (RED_CAT, BLUE_DOG)]))
+    stock = [encode(sd1.clip, text)[0][0] for text in ("big", "dog")]
+    assert rows.shape[1] == 154 and torch.equal(rows, torch.cat(stock, dim=1))
+    words = clip.tokenize(f"{RED_CAT} big BREAK dog", return_word_ids=True)["l"]
+    assert {token[2] for chunk in words for token in chunk} == {0, 1, 2}
+
+
 def test_both_empty_is_stock_unless_all_is_native(sd1: Checkpoint) -> None:
     stock = sample(sd1.model, encode(sd1.clip, ""), encode(sd1.clip, ""))
     model, clip = branched(sd1)
