@@ -625,6 +625,29 @@ def test_graphs_share_the_network_and_the_host_never_takes_it_for_lost(
     assert "memory leak" not in caplog.text
 
 
+def test_a_node_that_changes_sizes_inside_the_unet_is_told_of_in_the_log(
+    sd1: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Deep Shrink: where sizes differ the branch is left out, as a ControlNet is."""
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+    model, clip = branched(sd1)
+    shrunk = call(
+        PatchModelAddDownscale,
+        model=model,
+        block_number=1,
+        downscale_factor=2.0,
+        start_percent=0.0,
+        end_percent=1.0,
+        downscale_after_skip=True,
+        downscale_method="bicubic",
+        upscale_method="bicubic",
+    )
+    picture = sample(shrunk, encode(clip, RED_CAT), encode(clip, ""), steps=1)
+    assert torch.isfinite(picture).all()
+    assert "left out" in caplog.text
+
+
 # -- refusals ------------------------------------------------------------------------------------------------
 def test_what_does_not_belong_together_is_refused(sd1: Checkpoint, load: Loader, models: Path) -> None:
     model, clip = branched(sd1)
@@ -648,6 +671,19 @@ def test_what_does_not_belong_together_is_refused(sd1: Checkpoint, load: Loader,
             branched(sd1, "wide")
     finally:
         path.unlink()
+
+
+def test_a_batch_that_a_node_has_repeated_is_refused(sd1: Checkpoint) -> None:
+    model, clip = branched(sd1, model=sd1.model.clone())
+
+    def twice(apply: Any, given: Any) -> Tensor:
+        c = {**given["c"], "c_crossattn": torch.cat([given["c"]["c_crossattn"]] * 2)}
+        x, time = torch.cat([given["input"]] * 2), torch.cat([given["timestep"]] * 2)
+        return apply(x, time, **c)[: len(given["input"])]
+
+    model.set_model_unet_function_wrapper(twice)
+    with pytest.raises(BridgeError, match="which text belongs to which picture"):
+        sample(model, encode(clip, RED_CAT), encode(clip, ""), steps=1)
 
 
 def test_the_node_asks_for_nothing_else(sd1: Checkpoint) -> None:
