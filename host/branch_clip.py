@@ -12,9 +12,10 @@ import comfy.sd
 import torch
 
 from ..bridges.errors import BridgeError
-from ..prompt import english_prompt, parts, route
+from ..prompt import Phrase, english_prompt, parts, route
 from ..prompt.emphasis import emphasised
 from ..prompt.streams import NATIVE_ONLY, TWO_STREAMS, Segment
+from . import carried, triggers
 from .branch_text import MARK, MOST_CHUNKS, BranchText, chunks_of, weighed
 from .clip import SILENCE
 from .tower import NativeTower
@@ -92,12 +93,15 @@ class BranchedClip(comfy.sd.CLIP):
     """
 
     voices: tuple[Voice, ...]
+    loras: tuple[carried.Load, ...] = ()
+    """What LoRAs brought with them, whichever node loaded them."""
 
     @staticmethod
-    def over(clip: Any, voice: Voice) -> BranchedClip:
-        """A clone of `clip` with a further voice; `clip` itself stays as it is."""
+    def over(clip: Any, voice: Voice, loras: tuple[carried.Load, ...] = ()) -> BranchedClip:
+        """A clone of `clip` with a further voice; `clip` stays as it is. loras: those that it carries now."""
         branched: Any = clip.clone()
         branched.voices = (*getattr(clip, "voices", ()), voice)
+        branched.loras = carried.together(getattr(clip, "loras", ()), loras)
         branched.__class__ = BranchedClip
         voice.tower.attach(branched.patcher)
         return branched
@@ -107,7 +111,17 @@ class BranchedClip(comfy.sd.CLIP):
         cloned: Any = super().clone(*arguments, **options)
         cloned.__class__ = BranchedClip
         cloned.voices = self.voices
+        cloned.loras = self.loras
         return cloned
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
+        """Stock meaning; what a LoRA brings is remembered, because its trigger words are looked for later."""
+        self.loras = carried.together(self.loras, carried.loads(patches, strength_patch))
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def phrases(self) -> tuple[Phrase, ...]:
+        """What goes to the checkpoint's own CLIP whatever it is: trigger words of LoRAs."""
+        return triggers.phrases_of(self)
 
     def with_voices(self, **changes: Any) -> BranchedClip:
         """A clone whose voices are changed."""
@@ -123,9 +137,11 @@ class BranchedClip(comfy.sd.CLIP):
             return tokens | {voice.key: [[silence]] for voice in self.voices}
         # English words reach the checkpoint's CLIP unless every voice claims the whole prompt.
         english = TWO_STREAMS if any(v.route == TWO_STREAMS for v in self.voices) else NATIVE_ONLY
-        tokens = self._tokenize_english(parts(route(text, english)), return_word_ids, options)
+        phrases = self.phrases()
+        groups = parts(route(text, english, phrases))
+        tokens = self._tokenize_english(groups, return_word_ids, options)
         for voice in self.voices:
-            chunks = voice.cut(text, route(text, voice.route))
+            chunks = voice.cut(text, route(text, voice.route, phrases))
             tokens[voice.key] = chunks if return_word_ids else [[t[:2] for t in chunk] for chunk in chunks]
         return tokens
 

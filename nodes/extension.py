@@ -8,14 +8,20 @@ from ..host import folders
 from .branch import BranchSettings
 from .checkpoint import BridgeCheckpoint
 from .convert import Convert
+from .inspector import PromptInspector
 from .language_bridge import LanguageBridge
+from .lora_report import LoraReport
 from .pocket_checkpoint import PocketCheckpoint
+from .streams import Streams
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     LanguageBridge,
     PocketCheckpoint,
     Convert,
     BridgeCheckpoint,
+    PromptInspector,
+    Streams,
+    LoraReport,
     BranchSettings,
 )
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""

@@ -19,6 +19,7 @@ from comfy_extras.nodes_custom_sampler import (
     RandomNoise,
     SamplerCustomAdvanced,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nodes
@@ -549,6 +550,31 @@ def test_a_lora_before_is_a_lora_after_and_touches_the_backbone_alone(sd1: Check
     assert not torch.equal(pictures[0], sample(plain_model, encode(plain, MIXED), encode(plain, "")))
     assert same(encode(after[1], RED_CAT)[0][1][MARK], encode(plain, RED_CAT)[0][1][MARK])
     assert not same(encode(after[1], MIXED)[0][0], encode(plain, MIXED)[0][0])
+
+
+@pytest.mark.parametrize("route", ["two streams", "native only"])
+def test_a_trigger_of_a_lora_reaches_the_english_stream(sd1: Checkpoint, models: Path, route: str) -> None:
+    """Even one in Chinese, and wherever the LoRA was loaded."""
+    path = models / "loras" / "branch-trigger.safetensors"
+    save_file(
+        load_file(models / "loras" / "sd1.safetensors"), path, metadata={"modelspec.trigger_phrase": BLUE_DOG}
+    )
+
+    def lora(model: Any, clip: Any) -> tuple[Any, Any]:
+        strengths = {"strength_model": 1.0, "strength_clip": 1.0}
+        return call(nodes.LoraLoader, model=model, clip=clip, lora_name=path.name, **strengths)
+
+    try:
+        own = lora(sd1.model, sd1.clip)
+        before = branched(sd1, model=own[0], clip=own[1], route=route)[1]
+        after = lora(*branched(sd1, route=route))[1]
+        for clip in (before, after):
+            ((rows, facts),) = encode(clip, RED_CAT + BLUE_DOG)
+            (mark,) = facts[MARK].values()
+            assert torch.equal(rows, encode(own[1], BLUE_DOG)[0][0])
+            assert torch.equal(mark["rows"], read(ids_of(RED_CAT), 1))
+    finally:
+        path.unlink()
 
 
 def test_merging_models_keeps_the_branch(load: Loader) -> None:
