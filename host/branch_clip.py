@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.sd
@@ -19,7 +19,7 @@ from . import carried, triggers
 from .branch_text import MARK, MOST_CHUNKS, BranchText, chunks_of, weighed
 from .clip import SILENCE
 from .tower import NativeTower
-from .words import Chunk
+from .words import Chunk, stock_windows
 
 KEY = "native"
 """Our entries in the tokens dict are this with the digest of the branch behind it."""
@@ -95,6 +95,8 @@ class BranchedClip(comfy.sd.CLIP):
     voices: tuple[Voice, ...]
     loras: tuple[carried.Load, ...] = ()
     """What LoRAs brought with them, whichever node loaded them."""
+    kept: tuple[Phrase, ...] = ()
+    """What the artist has listed, beside the triggers of LoRAs."""
 
     @staticmethod
     def over(clip: Any, voice: Voice, loras: tuple[carried.Load, ...] = ()) -> BranchedClip:
@@ -102,6 +104,7 @@ class BranchedClip(comfy.sd.CLIP):
         branched: Any = clip.clone()
         branched.voices = (*getattr(clip, "voices", ()), voice)
         branched.loras = carried.together(getattr(clip, "loras", ()), loras)
+        branched.kept = getattr(clip, "kept", ())
         branched.__class__ = BranchedClip
         voice.tower.attach(branched.patcher)
         return branched
@@ -111,7 +114,7 @@ class BranchedClip(comfy.sd.CLIP):
         cloned: Any = super().clone(*arguments, **options)
         cloned.__class__ = BranchedClip
         cloned.voices = self.voices
-        cloned.loras = self.loras
+        cloned.loras, cloned.kept = self.loras, self.kept
         return cloned
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
@@ -120,8 +123,14 @@ class BranchedClip(comfy.sd.CLIP):
         return super().add_patches(patches, strength_patch, strength_model)
 
     def phrases(self) -> tuple[Phrase, ...]:
-        """What goes to the checkpoint's own CLIP whatever it is: trigger words of LoRAs."""
-        return triggers.phrases_of(self)
+        """What goes to the checkpoint's own CLIP whatever it is: the artist's words and triggers of LoRAs."""
+        return (*self.kept, *triggers.phrases_of(self))
+
+    def with_kept(self, kept: tuple[Phrase, ...]) -> BranchedClip:
+        """A clone with another list of the artist's."""
+        cloned = self.clone()
+        cloned.kept = kept
+        return cloned
 
     def with_voices(self, **changes: Any) -> BranchedClip:
         """A clone whose voices are changed."""
@@ -139,25 +148,11 @@ class BranchedClip(comfy.sd.CLIP):
         english = TWO_STREAMS if any(v.route == TWO_STREAMS for v in self.voices) else NATIVE_ONLY
         phrases = self.phrases()
         groups = parts(route(text, english, phrases))
-        tokens = self._tokenize_english(groups, return_word_ids, options)
+        stock = partial(super().tokenize, return_word_ids=return_word_ids, **options)
+        tokens = stock_windows(stock, [english_prompt(group) for group in groups])
         for voice in self.voices:
             chunks = voice.cut(text, route(text, voice.route, phrases))
             tokens[voice.key] = chunks if return_word_ids else [[t[:2] for t in chunk] for chunk in chunks]
-        return tokens
-
-    def _tokenize_english(
-        self, groups: list[list[Segment]], word_ids: bool, options: Mapping[str, Any]
-    ) -> dict[str, list[Chunk]]:
-        """Stock tokens; the English of each part that has some begins a window."""
-        prompts = [english_prompt(group) for group in groups]
-        spoken = [prompt for prompt in prompts if prompt.strip()] if len(prompts) > 1 else prompts
-        tokens: dict[str, list[Chunk]] = super().tokenize(spoken[0] if spoken else "", word_ids, **options)
-        for prompt in spoken[1:]:
-            for key, chunks in super().tokenize(prompt, word_ids, **options).items():
-                last = max((t[2] for chunk in tokens[key] for t in chunk), default=0) if word_ids else 0
-                tokens[key] = tokens[key] + [
-                    [(*t[:2], t[2] and t[2] + last) if word_ids else t for t in chunk] for chunk in chunks
-                ]
         return tokens
 
     def encode_from_tokens(
@@ -169,8 +164,13 @@ class BranchedClip(comfy.sd.CLIP):
             said = super().encode_from_tokens(english, return_pooled, return_dict)
         if return_dict and native:
             said[MARK] = self._hear(native)
-        elif native:
-            logging.warning("a node asked for English text alone; the native text of its prompt is left out")
+        elif any(self.speaks(key, chunks) for key, chunks in native.items()):
+            raise BridgeError(
+                "This node would lose the native text of the prompt.",
+                "a node that takes rows of text and nothing else from the CLIP",
+                "a node that takes the whole conditioning, as CLIP Text Encode does",
+                "Use CLIP Text Encode for this prompt, or write it in English.",
+            )
         return said
 
     def encode_from_tokens_scheduled(
@@ -191,6 +191,13 @@ class BranchedClip(comfy.sd.CLIP):
             for entry in scheduled:
                 entry[1][MARK] = mark
         return scheduled
+
+    def speaks(self, key: str, chunks: list[Chunk]) -> bool:
+        """Whether there are words in the chunks of the voice `key`, and not an empty text's frame alone."""
+        voice = next(voice for voice in self.voices if voice.key == key)
+        (nothing,) = chunks_of(voice.tower.encoder, ())
+        empty = {token for token, *_ in nothing} | {SILENCE}
+        return any(token not in empty for chunk in chunks for token, *_ in chunk)
 
     def _split(self, tokens: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Chunk]]]:
         """The stock tokens, and for each voice that has native text its chunks."""

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.sd
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bridges.errors import BridgeError
-from ..prompt import Phrase, Segment, english_prompt, parts, phrases_in, route
+from ..prompt import Phrase, Segment, english_prompt, parts, route
 from . import carried, pseudo, triggers
 from .base import Base
 from .cache import Said
@@ -21,7 +22,7 @@ from .joining import NEUTRAL, SHARED, Joining, Rows, append, fade, limit, share_
 from .pseudo import Reminder
 from .rows import MARK, Mark
 from .tower import NativeTower
-from .words import Asked, Chunk, ask, windows
+from .words import Asked, Chunk, ask, stock_windows, windows
 
 KEY = "native"
 """Our entry in the tokens dict, beside the checkpoint's own `l`, `g` or `h`."""
@@ -130,7 +131,8 @@ class BridgedClip(comfy.sd.CLIP):
         if spoken and self.speech.inside:
             tokens = self._weave(groups, chunks, return_word_ids, options)
         else:
-            tokens = self._tokenize_english(groups, return_word_ids, options)
+            stock = partial(super().tokenize, return_word_ids=return_word_ids, **options)
+            tokens = stock_windows(stock, [english_prompt(group) for group in groups])
         if not return_word_ids:
             chunks = [[token[:2] for token in chunk] for chunk in chunks]
         if spoken and not self.speech.inside:
@@ -162,24 +164,6 @@ class BridgedClip(comfy.sd.CLIP):
                 parts_of.append(segments)
             woven = pseudo.weave(parts_of, chunks, empty[0])
             tokens[key] = woven if word_ids else [[token[:2] for token in chunk] for chunk in woven]
-        return tokens
-
-    def _tokenize_english(
-        self, groups: Sequence[Sequence[Segment]], word_ids: bool, options: Mapping[str, Any]
-    ) -> dict[str, list[Chunk]]:
-        prompts = [prompt for prompt in map(english_prompt, groups) if prompt.strip()]
-        if len(groups) == 1:
-            prompts = [english_prompt(groups[0])]
-        tokens: dict[str, list[Chunk]] = super().tokenize(prompts[0] if prompts else "", word_ids, **options)
-        for prompt in prompts[1:]:
-            for key, chunks in super().tokenize(prompt, word_ids, **options).items():
-                words = (
-                    max((token[2] for chunk in tokens[key] for token in chunk), default=0) if word_ids else 0
-                )
-                tokens[key] = tokens[key] + [
-                    [(*token[:2], token[2] and token[2] + words) if word_ids else token for token in chunk]
-                    for chunk in chunks
-                ]
         return tokens
 
     def _tokenize_many(
@@ -489,23 +473,6 @@ class BridgedClip(comfy.sd.CLIP):
             if key in english
         )
         return max(counts, default=0)
-
-
-def listed(triggers: str, keep: str, source: str) -> tuple[Phrase, ...]:
-    """What an artist has listed as trigger words and to keep; source: where, for people."""
-    return (*phrases_in(triggers, "trigger", source), *phrases_in(keep, "kept"))
-
-
-def require_bridged(clip: Any) -> BridgedClip:
-    """`clip`, when it is a bridged one; BridgeError otherwise."""
-    if not isinstance(clip, BridgedClip):
-        raise BridgeError(
-            "This CLIP has no language bridge, so there are no streams to join.",
-            "the CLIP of a checkpoint",
-            "a CLIP that comes from a Language Bridge node",
-            "Put Language Bridge between Load Checkpoint and this node.",
-        )
-    return clip
 
 
 def _reminding(chunks: Sequence[Chunk], native: list[Chunk]) -> list[Chunk]:

@@ -5,51 +5,84 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.sd
 
 from ..prompt import NATIVE_ONLY, Phrase, Segment, changes, english_prompt, normalise, parts, route
 from .base import NAMES
+from .branch_clip import BranchedClip
+from .branch_text import MOST_CHUNKS
 from .clip import KEY, SILENCE, BridgedClip
 from .language import Words
 from .pseudo import Place
+from .tower import NativeTower
 
 _EMBEDDING = "embedding:"
 _END_OF_WORD = "</w>"
 
 
+@dataclass(frozen=True)
+class _Hearer:
+    """What hears the native text of a prompt: its name, route and tower, and its entry in the tokens dict."""
+
+    name: str
+    route: str
+    tower: NativeTower
+    key: str
+    head: str
+
+    def segments(self, text: str, phrases: Sequence[Phrase]) -> list[Segment]:
+        """The parts of a prompt for this hearer."""
+        return route(text, self.route, phrases)
+
+
 def inspect(clip: Any, text: str, say: Words) -> str:
     """The report on a prompt under a CLIP, bridged or not; nothing is loaded and nothing is encoded."""
-    if not isinstance(clip, BridgedClip):
-        head = [say("inspector_head_stock"), ""]
-        return "\n".join([*head, *_english(clip, clip.tokenize(text, return_word_ids=True), say)])
-    speech = clip.speech
-    phrases = clip.phrases()
-    segments = route(text, speech.route, phrases)
+    hearers = _hearers(clip, say)
     tokens = clip.tokenize(text, return_word_ids=True)
-    name = "inspector_route_native_only" if speech.route == NATIVE_ONLY else "inspector_route_two_streams"
-    blocks = [
-        [
-            say(
-                "inspector_head",
-                bridge=speech.name,
-                base=say("inspector_base_pocket")
-                if speech.base.name == "pocket"
-                else NAMES[speech.base.name],
-                route=say(name),
-                strength=f"{speech.strength:g}",
-            )
-        ],
-        list(_changes(text, say)),
-        [
-            say("inspector_segments"),
-            *(_segment(s, phrases, say) for s in segments if s.text.strip() or s.reason == "empty"),
-        ],
-        list(_native(clip, segments, tokens[KEY], say)),
-        _english(clip, tokens, say, segments),
-    ]
+    if not hearers:
+        return "\n".join([say("inspector_head_stock"), "", *_english(clip, tokens, say)])
+    phrases = clip.phrases()
+    blocks = [[hearer.head for hearer in hearers], list(_changes(text, say))]
+    for hearer in hearers:
+        segments = hearer.segments(text, phrases)
+        title = say("inspector_segments") if len(hearers) == 1 else say("inspector_for", name=hearer.name)
+        shown = (s for s in segments if s.text.strip() or s.reason == "empty")
+        blocks.append([title, *(_segment(segment, phrases, say) for segment in shown)])
+        blocks.append(list(_native(clip, hearer, segments, tokens[hearer.key], say)))
+    stock = {key: chunks for key, chunks in tokens.items() if key not in {h.key for h in hearers}}
+    # English words are those of the first hearer that leaves some to the checkpoint's own CLIP.
+    first = next((hearer for hearer in hearers if hearer.route != NATIVE_ONLY), hearers[0])
+    blocks.append(_english(clip, stock, say, first.segments(text, phrases)))
     return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _hearers(clip: Any, say: Words) -> list[_Hearer]:
+    def spoken(given: str) -> str:
+        return say("inspector_route_native_only" if given == NATIVE_ONLY else "inspector_route_two_streams")
+
+    if isinstance(clip, BridgedClip):
+        speech = clip.speech
+        base = say("inspector_base_pocket") if speech.base.name == "pocket" else NAMES[speech.base.name]
+        strength = f"{speech.strength:g}"
+        head = say(
+            "inspector_head", bridge=speech.name, base=base, route=spoken(speech.route), strength=strength
+        )
+        return [_Hearer(speech.name, speech.route, speech.tower, KEY, head)]
+    if isinstance(clip, BranchedClip):
+        return [
+            _Hearer(
+                voice.name,
+                voice.route,
+                voice.tower,
+                voice.key,
+                say("inspector_head_branch", branch=voice.name, route=spoken(voice.route)),
+            )
+            for voice in clip.voices
+        ]
+    return []
 
 
 def _changes(text: str, say: Words) -> Iterator[str]:
@@ -77,13 +110,13 @@ def _segment(segment: Segment, phrases: Sequence[Phrase], say: Words) -> str:
 
 
 def _native(
-    clip: BridgedClip, segments: Sequence[Segment], chunks: Sequence[Sequence[Any]], say: Words
+    clip: Any, hearer: _Hearer, segments: Sequence[Segment], chunks: Sequence[Sequence[Any]], say: Words
 ) -> Iterator[str]:
     native = [segment for segment in segments if segment.stream == "native"]
     if all(token == SILENCE for chunk in chunks for token, *_ in chunk):
         yield say("inspector_native_silent")
         return
-    tower = clip.speech.tower
+    tower = hearer.tower
     used, windows = _use(chunks)
     yield say(
         "inspector_native",
@@ -92,9 +125,13 @@ def _native(
         room=tower.words.capacity * windows,
         windows=windows,
     )
-    if windows > 1:
+    branched = isinstance(clip, BranchedClip)
+    heard = sum(len(tower.encoder.tokenize(segment.text)) for segment in native)
+    if branched and heard > used:
+        yield say("inspector_cut", count=heard - used, most=MOST_CHUNKS)
+    elif windows > 1:
         yield say("inspector_windows")
-    if clip.speech.inside:
+    if not branched and clip.speech.inside:
         yield say("inspector_inside")
     unknown: list[str] = []
     for segment in native:
@@ -108,16 +145,18 @@ def _native(
     if unknown:
         yield say("inspector_unknown", pieces=" | ".join(_shown(piece) for piece in dict.fromkeys(unknown)))
     weights = [segment.weight for segment in native if segment.text.strip()]
-    if any(weight != 1.0 for weight in weights) and not tower.bridge.tokenwise:
+    weighted = any(weight != 1.0 for weight in weights)
+    if branched and weighted and not any(v.weighted for v in clip.voices if v.key == hearer.key):
+        yield say("inspector_weights_dropped")
+    elif not branched and weighted and not tower.bridge.tokenwise:
         yield say("inspector_mean_weight")
 
 
 def _english(
     clip: Any, tokens: Mapping[str, Any], say: Words, segments: Sequence[Segment] | None = None
 ) -> list[str]:
-    stock = {key: chunks for key, chunks in tokens.items() if key != KEY}
     lines: list[str] = []
-    for key, chunks in stock.items():
+    for key, chunks in tokens.items():
         used, windows = _use(chunks)
         if not used:
             continue
@@ -140,13 +179,13 @@ def _english(
         return [say("inspector_english_silent")]
     if segments is not None:
         lines += _embeddings(clip, segments, say)
-    if segments is not None and not clip.speech.inside:
+    if segments is not None and not (isinstance(clip, BridgedClip) and clip.speech.inside):
         heard = " BREAK ".join(filter(str.strip, map(english_prompt, parts(segments))))
         lines.append(say("inspector_heard", prompt=heard))
     return lines
 
 
-def _embeddings(clip: BridgedClip, segments: Sequence[Segment], say: Words) -> Iterator[str]:
+def _embeddings(clip: Any, segments: Sequence[Segment], say: Words) -> Iterator[str]:
     for segment in segments:
         if segment.reason != "embedding":
             continue

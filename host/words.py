@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,25 @@ def windows(tower: Any, parts: Iterable[Sequence[tuple[str, float]]]) -> list[Ch
         if texts:
             chunks += cut(tower, texts, max((word for chunk in chunks for *_, word in chunk), default=0))
     return chunks
+
+
+def stock_windows(
+    tokenize: Callable[[str], dict[str, list[Chunk]]], prompts: Sequence[str]
+) -> dict[str, list[Chunk]]:
+    """Stock tokens of the parts of a prompt, each in windows of its own; word ids, where asked, go on.
+
+    tokenize: the checkpoint's own; a part that says nothing has no window, unless it is the only one.
+    """
+    spoken = [prompt for prompt in prompts if prompt.strip()] if len(prompts) > 1 else list(prompts)
+    tokens = tokenize(spoken[0] if spoken else "")
+    for prompt in spoken[1:]:
+        for key, chunks in tokenize(prompt).items():
+            words = max((word for chunk in tokens[key] for _, _, *ids in chunk for word in ids), default=0)
+            tokens[key] = tokens[key] + [
+                [(token, weight, *(word and word + words for word in ids)) for token, weight, *ids in chunk]
+                for chunk in chunks
+            ]
+    return tokens
 
 
 def number_words(text: str, places: Sequence[tuple[int, int]], words: int = 0) -> list[int]:

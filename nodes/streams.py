@@ -83,9 +83,8 @@ class Streams(io.ComfyNode):
         end_percent: float,
     ) -> io.NodeOutput:
         """Hands out a clone; the CLIP that came in stays as it is."""
-        from ..host import clip as bridged
+        from ..host import streams
         from ..host.joining import Joining
 
-        words = bridged.listed(triggers, keep, "Language Bridge Streams")
         joining = Joining(join, blend, start_percent, end_percent)
-        return io.NodeOutput(bridged.require_bridged(clip).with_speech(phrases=words, joining=joining))
+        return io.NodeOutput(streams.settled(clip, triggers, keep, joining))

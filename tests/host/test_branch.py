@@ -29,9 +29,12 @@ from language_bridge.encoders.base import Encoder, create_encoder
 from language_bridge.encoders.bert import BertSpec, bert_tokenizer
 from language_bridge.encoders.file import save_encoder
 from language_bridge.host import branch
-from language_bridge.host.branch_text import MARK
+from language_bridge.host.branch_text import MARK, MOST_CHUNKS
+from language_bridge.host.inspector import inspect
+from language_bridge.host.language import words as sentences
 from language_bridge.host.pocket import load_pocket
 from language_bridge.nodes.language_bridge import LanguageBridge
+from language_bridge.nodes.streams import Streams
 from language_bridge.tests.fixtures.branches import SD15, TINY, PublishedBranch, random_branch, write_branch
 from language_bridge.tests.fixtures.checkpoints import FAMILIES, POCKET
 from language_bridge.tests.fixtures.graph import Checkpoint, bridged
@@ -575,6 +578,48 @@ def test_a_trigger_of_a_lora_reaches_the_english_stream(sd1: Checkpoint, models:
             assert torch.equal(mark["rows"], read(ids_of(RED_CAT), 1))
     finally:
         path.unlink()
+
+
+def test_kept_words_reach_the_english_stream_and_survive_clones(sd1: Checkpoint) -> None:
+    clip = branched(sd1)[1]
+    settings = {"blend": 0.5, "start_percent": 0.0, "end_percent": 1.0, "join": "rows appended"}
+    kept = call(Streams, clip=clip, triggers="", keep=BLUE_DOG, **settings).clone()
+    tokens = kept.tokenize(f"{RED_CAT}, {BLUE_DOG}")
+    assert tokens["l"] == sd1.clip.tokenize(BLUE_DOG)["l"]
+    (native,) = (value for key, value in tokens.items() if key != "l")
+    assert native == next(v for k, v in clip.tokenize(f"{RED_CAT}, ").items() if k != "l")
+    assert clip.tokenize(BLUE_DOG)["l"] == sd1.clip.tokenize("")["l"]  # the CLIP that came in is as it was
+    for change in ({"blend": 0.7}, {"join": "shared window"}):
+        with pytest.raises(BridgeError, match="nothing to join"):
+            call(Streams, clip=clip, triggers="", keep="", **{**settings, **change})
+
+
+def test_a_node_that_would_lose_the_native_text_is_told(sd1: Checkpoint) -> None:
+    clip = branched(sd1)[1]
+    for pooled in (False, True):
+        with pytest.raises(BridgeError, match="would lose"), torch.inference_mode():
+            clip.encode_from_tokens(clip.tokenize(MIXED), return_pooled=pooled)
+        for text in ("", "a big dog"):
+            with torch.inference_mode():
+                stock = sd1.clip.encode_from_tokens(sd1.clip.tokenize(text), return_pooled=pooled)
+                assert same(clip.encode_from_tokens(clip.tokenize(text), return_pooled=pooled), stock)
+
+
+def test_the_inspector_reports_on_each_branch(sd1: Checkpoint) -> None:
+    model, clip = branched(sd1)
+    say = sentences("English")
+    said = inspect(clip, f"({RED_CAT}:1.2), a big dog", say)
+    assert "the branch branch.safetensors, two streams" in said
+    assert f"Native stream: 5 of {CAPACITY} tokens in 1 window(s) of the tower tiny-branch" in said
+    assert (
+        "  a | big | dog" in said and "dropped here" in said and "As the CLIP is given it: a big dog" in said
+    )
+    both = branched(sd1, "branch-other", model=model, clip=clip)[1]
+    said = inspect(both, RED_CAT, say)
+    assert "What branch.safetensors hears:" in said and "What branch-other.safetensors hears:" in said
+    most = CAPACITY * MOST_CHUNKS
+    said = inspect(clip, RED_CAT * (most // 4 + 1), say)
+    assert f"{most} of {most} tokens" in said and f"the last {4 * (most // 4 + 1) - most} token" in said
 
 
 def test_merging_models_keeps_the_branch(load: Loader) -> None:
