@@ -12,6 +12,7 @@ import http.client
 import random
 import socket
 import socketserver
+import ssl
 import struct
 import threading
 import time
@@ -173,10 +174,17 @@ def redirect(place: str, code: int = 302, **headers: str) -> Behaviour:
 
 
 @contextlib.contextmanager
-def running(behave: Behaviour, address: str = "127.0.0.1") -> Iterator[Hub]:
-    """A hub on a free port."""
+def running(
+    behave: Behaviour, address: str = "127.0.0.1", context: ssl.SSLContext | None = None
+) -> Iterator[Hub]:
+    """A hub on a free port; with a context it speaks https."""
 
     class Handler(socketserver.StreamRequestHandler):
+        def setup(self) -> None:
+            if context is not None:
+                self.request = context.wrap_socket(self.request, server_side=True)
+            super().setup()
+
         def handle(self) -> None:
             with contextlib.suppress(OSError, ValueError):
                 line = self.rfile.readline().decode("latin-1").split()
