@@ -112,6 +112,11 @@ class Bridge(nn.Module):
             )
         self.spec = spec
 
+    @property
+    def lead(self) -> int:
+        """How many rows before a text, start token and template, the bridge drops; 0 = any number will do."""
+        return 0
+
     def forward(self, hidden: Hidden, timestep: Tensor | None = None) -> Cond:
         """Map hidden states [B, T, D] to context [B, N, C]; `timestep` [B] only matters to timed kinds."""
         raise NotImplementedError

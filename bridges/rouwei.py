@@ -5,8 +5,9 @@ by learned queries with a gate, passes narrow blocks, and is pooled by a learned
 llm_to_sdxl_adapter.py of NeuroSenko/ComfyUI_LLM_SDXL_Adapter (77c1e6c) in its keys. Published, with context
 2048 and pooled 1280: hidden 1152 (Gemma-3-1b, 2 wide and 3 narrow blocks), 2304 (T5Gemma-2b, 3 and 3).
 
-Behind Gemma's chat template the first 27 rows are dropped (`skip`). Row i is read at place i - skip, so a
-tower must put its padding behind the text.
+Behind Gemma's chat template the first 27 rows are dropped (`skip`): row i is read at place i - skip, and such
+a tower must put its padding behind the text. Otherwise each row keeps its place among the 512, so that the
+rows of a tower that pads before the text are the last ones.
 """
 
 from __future__ import annotations
@@ -124,6 +125,12 @@ class Rouwei(Bridge, kind="rouwei"):
                 nn.Identity(),  # a dropout while the authors trained
                 ops.Linear(width, spec.pooled, device=device, dtype=dtype),
             )
+
+    @property
+    def lead(self) -> int:
+        """The start token and what stands before the prompt in the chat template."""
+        assert isinstance(self.spec, RouweiSpec)
+        return self.spec.skip
 
     def start(self, generator: torch.Generator | None) -> None:
         """Start places, queries and the pooling token as the authors do."""

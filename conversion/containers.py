@@ -144,18 +144,30 @@ def open_sources(paths: list[Path]) -> Source:
                 found = _tokenizer_files(path, _Place(path), path.name)
                 if not found:
                     raise _no_weights(path, path.name)
-                files |= {name: data for name, (_, data) in found.items()}
+                for name, (_, data) in found.items():
+                    _put(files, name, data)
                 alone += [file for file, _ in found.values()]
         elif path.name == CONFIG:
             config = _read_config(_regular(path, None, LARGEST_CONFIG_BYTES, path.name), path.name)
             alone.append(path)
         elif path.name in TOKENIZER_FILES:
-            files[path.name] = _regular(path, None, LARGEST_TEXT_BYTES, path.name).read_bytes()
+            _put(files, path.name, _regular(path, None, LARGEST_TEXT_BYTES, path.name).read_bytes())
             alone.append(path)
         else:
             parts.append(_open_file(path))
     used = [file for part in parts for file in part.paths]
     return Source(tuple(parts), files, config, tuple(dict.fromkeys([*used, *alone])))
+
+
+def _put(files: dict[str, bytes], name: str, data: bytes) -> None:
+    """Keep a file that was named alone; another one under the same name could be any tower's."""
+    if files.setdefault(name, data) != data:
+        raise _refused(
+            name,
+            "two different files of this name, named alone",
+            "one",
+            "Put each beside the weights that it belongs to, and name the folder of those.",
+        )
 
 
 def read_foreign(path: Path) -> Weights:

@@ -25,12 +25,13 @@ from ..bridges.errors import BridgeError
 from ..bridges.file import BridgeHeader, EncoderRef, read_header, save_bridge
 from ..encoders import guard
 from ..encoders.base import Encoder, EncoderSpec, create_encoder, families
+from ..encoders.dual import join
 from ..encoders.file import METADATA_KEY as ENCODER_METADATA_KEY
 from ..encoders.file import EncoderHeader, pack_encoder, read_encoder_header
 from . import VERSION
 from . import unet as unets
 from .containers import SAFETENSORS, Part, Source, Weights, open_sources, provenance
-from .presets import MethodRow, Presets, TowerRow, published
+from .presets import VOCABULARIES, MethodRow, Presets, TowerRow, published
 
 Spec = TypeVar("Spec", EncoderSpec, BridgeSpec)
 
@@ -51,7 +52,7 @@ _AROUND = re.compile(
             r"(.*\.)?(pooler|cls|lm_head|classifier|itm_head)\..*",
             r"(.*\.)?(visual|vision_model|visual_projection|clip_projector2?)\..*",
             r"(.*\.)?text_projection(\.weight)?",
-            r"(text\.proj|decoder)\..*",
+            r"(text\.proj|(model\.)?decoder)\..*",
             r"encoder\.embed_tokens\.weight",  # T5's second name of `shared`
             r"qllama\..*\.cross_attn\..*",  # reads pictures in InternVL
             # the noise schedule of Lightning checkpoints
@@ -76,19 +77,27 @@ class _Found:
 
 @dataclass(frozen=True, eq=False)
 class _Contents:
-    """What the source holds, at most one of each."""
+    """What the source holds: at most one bridge and one U-Net, and at most the two towers of a dual one.
 
-    tower: _Found | None
+    files: names of the tokenizer files that were named alone.
+    """
+
+    towers: tuple[_Found, ...]
     bridge: _Found | None
     unet: _Found | None
+    files: frozenset[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Choice:
-    """The rows that were settled on: a method and the tower it reads, or a tower alone."""
+    """The rows that were settled on: a method and the tower it reads, or a tower alone.
+
+    parts: what holds the tower, its first half first where it has two; empty when it is not among the files.
+    """
 
     method: MethodRow | None
     tower: TowerRow
+    parts: tuple[_Found, ...] = ()
 
 
 def convert(
@@ -130,7 +139,7 @@ def convert(
     target = out / f"{_file_name(name or (choice.method or choice.tower).name)}{SAFETENSORS}"
     if writes_bridge:
         _require_free(target, overwrite)
-    if contents.tower is None and not writes_bridge:
+    if not contents.towers and not writes_bridge:
         raise _nothing(contents, choice)
 
     record: dict[str, object] = {
@@ -152,7 +161,7 @@ def convert(
     if not extra:
         part, said = _unet_part(contents, choice.method, reference, unet, form, record)
         training |= said
-    tower = None if contents.tower is None else _build_tower(contents.tower, choice.tower, source, dtype)
+    tower = _build_tower(choice, table, source, dtype) if choice.parts else None
     with _Staging() as staging:
         digest = ""
         if tower is not None:
@@ -224,25 +233,32 @@ def _contents(source: Source) -> _Contents:
             "a weight file or a model folder, besides tokenizer files",
             "Name the file or folder that holds the weights too.",
         )
-    tower, bridge, unet = (
+    towers = [item for item in found if item.tower is not None]
+    if len(towers) > 2:
+        raise _several("text towers", towers)
+    bridge, unet = (
         _only(noun, [item for item in found if getattr(item, attribute)])
-        for noun, attribute in (("text towers", "tower"), ("bridges", "bridge"), ("U-Nets", "unet"))
+        for noun, attribute in (("bridges", "bridge"), ("U-Nets", "unet"))
     )
     for item in found:
         if item.tower is not None or item.bridge is not None:
             _require_known(item)
-    return _Contents(tower, bridge, unet)
+    return _Contents(tuple(towers), bridge, unet, frozenset(source.files))
 
 
 def _only(noun: str, found: list[_Found]) -> _Found | None:
     if len(found) > 1:
-        raise BridgeError(
-            f"There are several {noun} among the files.",
-            ", ".join(item.part.name for item in found),
-            "one of each",
-            "Convert them one after the other.",
-        )
+        raise _several(noun, found)
     return found[0] if found else None
+
+
+def _several(noun: str, found: Sequence[_Found]) -> BridgeError:
+    return BridgeError(
+        f"There are several {noun} among the files.",
+        ", ".join(item.part.name for item in found),
+        "one of each",
+        "Convert them one after the other.",
+    )
 
 
 def _look(part: Part, config: Mapping[str, object]) -> _Found:
@@ -265,6 +281,12 @@ def _look(part: Part, config: Mapping[str, object]) -> _Found:
         for family in families().values()
         if (spec := family.recognise(rest, part.config or config)) is not None
     ]
+    for family, spec in towers[:1]:  # a head that is the tower's own is no bridge
+        origins = family.origins(spec, rest)
+        own = {origins[key].name for key in family.own_shapes(spec)}
+        rest = {
+            key: shape for key, shape in rest.items() if key not in own or not _OTHER_HEADS.fullmatch(key)
+        }
     bridges: list[tuple[type[Bridge], BridgeSpec]] = []
     prefix = ""
     for _ in range(_MOST_PREFIXES):
@@ -347,15 +369,20 @@ def _unet_keys(
 
 def _recognised(contents: _Contents) -> dict[str, object]:
     found: dict[str, object] = {}
-    if contents.tower is not None and contents.tower.tower is not None:
-        family, spec = contents.tower.tower
-        found["tower"] = {"family": family.family, **dataclasses.asdict(spec)}
+    towers = [_sizes(item) for item in contents.towers]
+    if towers:
+        found |= {"tower": towers[0]} if len(towers) == 1 else {"towers": towers}
     if contents.bridge is not None and contents.bridge.bridge is not None:
         kind, bridge_spec = contents.bridge.bridge
         found["bridge"] = {"kind": kind.kind, **dataclasses.asdict(bridge_spec)}
     if contents.unet is not None:
         found["unet"] = contents.unet.part.name
     return found
+
+
+def _sizes(found: _Found) -> dict[str, object]:
+    family, spec = cast("tuple[type[Encoder], EncoderSpec]", found.tower)
+    return {"family": family.family, **dataclasses.asdict(spec)}
 
 
 # -- which row ----------------------------------------------------------------------------------------
@@ -371,6 +398,7 @@ def _choose(contents: _Contents, table: Presets, wanted: str | None, hashes: set
             named = [item for item in choices if item.tower == row and item.method is None]
         if named:
             return named[0]
+        _require_pair(contents, table, wanted)
         raise BridgeError(
             f"The files are not what the table calls {wanted!r}.",
             json.dumps(_recognised(contents))
@@ -395,6 +423,7 @@ def _choose(contents: _Contents, table: Presets, wanted: str | None, hashes: set
             "one of them; the files do not say which",
             "Choose by the name of the model you downloaded: --as NAME, or the preset of the node.",
         )
+    _require_pair(contents, table, None)
     raise BridgeError(
         "The table of published models has no row for these files.",
         json.dumps(_recognised(contents)),
@@ -405,25 +434,88 @@ def _choose(contents: _Contents, table: Presets, wanted: str | None, hashes: set
 
 def _fitting(contents: _Contents, table: Presets) -> list[_Choice]:
     """Every row that the contents fit, methods first."""
-    names = [] if contents.tower is None else list(contents.tower.part.weights)
-    fits: set[str] = set()
-    if contents.tower is not None and contents.tower.tower is not None:
-        family, spec = contents.tower.tower
-        fits = {row.name for row in table.towers.values() if row.fits(family.family, spec, names)}
+    fits = {row.name: parts for row in table.towers.values() if (parts := _holders(row, contents, table))}
     choices: list[_Choice] = []
     for method in table.methods.values():
         row = table.tower_of(method)
-        if contents.tower is not None and row.name not in fits:
+        if contents.towers and row.name not in fits:
             continue
         if contents.bridge is not None and contents.bridge.bridge is not None:
             kind, bridge_spec = contents.bridge.bridge
             if method.fits(kind.kind, bridge_spec):
-                choices.append(_Choice(method, row))
-        elif contents.tower is not None and method.kind == "identity":
-            choices.append(_Choice(method, row))
+                choices.append(_Choice(method, row, fits.get(row.name, ())))
+        elif contents.towers and method.kind == "identity":
+            choices.append(_Choice(method, row, fits[row.name]))
     if contents.bridge is None:
-        choices += [_Choice(None, row) for row in table.towers.values() if row.name in fits]
+        choices += [_Choice(None, table.towers[name], parts) for name, parts in fits.items()]
     return choices
+
+
+def _holders(row: TowerRow, contents: _Contents, table: Presets) -> tuple[_Found, ...]:
+    """The parts that hold this tower, its first half first; empty when they do not, or hold more."""
+    if not row.halves:
+        only = contents.towers[0] if len(contents.towers) == 1 else None
+        return (only,) if only is not None and _fits(row, only, contents) else ()
+    if len(contents.towers) != len(row.halves):
+        return ()
+    halves = [table.towers[name] for name in row.halves]
+    for parts in (contents.towers, contents.towers[::-1]):
+        if all(_fits(half, part, contents) for half, part in zip(halves, parts, strict=True)):
+            return parts
+    return ()
+
+
+def _fits(row: TowerRow, found: _Found, contents: _Contents) -> bool:
+    family, spec = cast("tuple[type[Encoder], EncoderSpec]", found.tower)
+    return row.fits(family.family, spec, found.part.weights, {*found.part.files, *contents.files})
+
+
+def _require_pair(contents: _Contents, table: Presets, wanted: str | None) -> None:
+    """Say what is wrong with the two towers of a dual one, where files or the wanted row speak of one."""
+    found = contents.towers
+    row = next((row for row in _dual_rows(contents, table, wanted) if found), None)
+    if row is None:
+        if len(found) > 1:
+            raise _several("text towers", found)
+        return
+    if _holders(row, contents, table):
+        return  # both are there; it is the bridge that does not fit
+    halves = [table.towers[name] for name in row.halves]
+    names = " and one ".join(f"{half.name} (family {half.family})" for half in halves)
+    taken = [[half.name for half in halves if _fits(half, item, contents)] for item in found]
+    strange = [item for item, fitting in zip(found, taken, strict=True) if not fitting]
+    if len(found) == 1 and strange:
+        return  # a tower that has nothing to do with the pair
+    if strange and wanted is None and contents.bridge is None:
+        raise _several("text towers", found)
+    if strange:
+        raise BridgeError(
+            f"The two text towers are not those of {row.name}.",
+            "; ".join(f"{item.part.name} is {json.dumps(_sizes(item))}" for item in strange),
+            f"one {names}",
+            "Name the two text towers that the method reads, and no other.",
+        )
+    given = ", ".join(f"{item.part.name} is {name[0]}" for item, name in zip(found, taken, strict=True))
+    raise BridgeError(
+        f"One half of the text tower {row.name} is {'missing' if len(found) == 1 else 'there twice'}.",
+        given,
+        f"one {names}",
+        "Name the files of both text towers, each once.",
+    )
+
+
+def _dual_rows(contents: _Contents, table: Presets, wanted: str | None) -> list[TowerRow]:
+    """The dual towers that may be meant: by name, or else because the bridge can read them."""
+    if wanted is not None:
+        method = table.methods.get(wanted)
+        named = table.towers.get(wanted) if method is None else table.tower_of(method)
+        rows = [] if named is None else [named]
+    elif contents.bridge is not None and contents.bridge.bridge is not None:
+        kind, spec = contents.bridge.bridge
+        rows = [table.tower_of(row) for row in table.methods.values() if row.fits(kind.kind, spec)]
+    else:
+        rows = list(table.towers.values()) if len(contents.towers) > 1 else []
+    return [row for row in rows if row.halves]
 
 
 def _pins(choice: _Choice) -> set[str]:
@@ -446,22 +538,57 @@ def _nothing(contents: _Contents, choice: _Choice) -> BridgeError:
 # -- building -----------------------------------------------------------------------------------------
 
 
-def _build_tower(found: _Found, row: TowerRow, source: Source, dtype: torch.dtype | None) -> Encoder:
+def _build_tower(choice: _Choice, table: Presets, source: Source, dtype: torch.dtype | None) -> Encoder:
+    row, parts = choice.tower, choice.parts
+    if not row.halves:
+        return _build_single(parts[0], row, row, {**parts[0].part.files, **source.files}, dtype)
+    first, second = (
+        _build_single(part, table.towers[name], row, _files_of_half(part, source), dtype)
+        for name, part in zip(row.halves, parts, strict=True)
+    )
+    return join(first, second, identity=row.name, window=row.window)
+
+
+def _build_single(
+    found: _Found, row: TowerRow, whole: TowerRow, files: Mapping[str, bytes], dtype: torch.dtype | None
+) -> Encoder:
+    """The tower that one part holds, read as `row` says, under the name and the window of `whole`."""
     family, spec = cast("tuple[type[Encoder], EncoderSpec]", found.tower)
     spec = _changed(spec, row)
-    tokenizer = family.tokenizer_from({**found.part.files, **source.files})
     encoder = create_encoder(
         family.family,
         spec,
-        tokenizer,
-        identity=row.name,
-        window=row.window,
+        family.tokenizer_from(files),
+        identity=whole.name,
+        window=whole.window,
         layer=row.layer,
         mask_rule=row.mask_rule,
         device="meta",
     )
     _put_in(encoder, family.adopt(found.part.weights, spec), dtype, f"text tower in {found.part.name!r}")
     return encoder
+
+
+def _files_of_half(found: _Found, source: Source) -> Mapping[str, bytes]:
+    """The tokenizer of one of two towers: what lies beside its weights, else the one named that fits it.
+
+    BridgeError when none of those that were named alone can be this tower's.
+    """
+    if not {*VOCABULARIES}.isdisjoint(found.part.files):
+        return found.part.files
+    family, spec = cast("tuple[type[Encoder], EncoderSpec]", found.tower)
+    others = {name: data for name, data in source.files.items() if name not in VOCABULARIES}
+    for name in VOCABULARIES:
+        if name not in source.files:
+            continue
+        files = {**others, name: source.files[name]}
+        try:
+            tokenizer = family.tokenizer_from(files)
+            create_encoder(family.family, spec, tokenizer, identity="", window=spec.window, device="meta")
+        except BridgeError:
+            continue  # the other tower's
+        return files
+    return others  # the family says what is missing
 
 
 def _build_bridge(

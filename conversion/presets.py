@@ -18,10 +18,21 @@ from ..encoders import guard
 from ..encoders.base import MASK_RULES
 
 FORMAT = 1
+DUAL = "dual"
+"""Family of two towers side by side, which no file holds."""
 HOST = "host"
 """Family of a tower that ComfyUI itself loads; there is nothing to convert, a bridge only names it."""
 UNETS = ("none", "kv", "own")
 """What a method did to the U-Net: nothing; trained its cross-attention; trained all of it."""
+VOCABULARIES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+)
+"""Files that hold a vocabulary; others beside a tokenizer only set it."""
 LARGEST_TABLE_BYTES = 1 << 20
 
 _OWNER = "table of published models"
@@ -32,7 +43,9 @@ class TowerRow:
     """One way of reading a published tower; `name` becomes its identity.
 
     match: fields of the family's spec and their values. starts: the published names of some tensor must begin
-    with one of these (empty = any). change: fields of the spec that the file cannot say, set after it fits.
+    with one of these (empty = any). tokenizer: the file that must be its tokenizer, where it tells the model
+    from others of the same sizes (empty = any). change: fields of the spec that the file cannot say, set
+    after it fits. halves: of a tower of family dual, the rows of its two towers, whose windows do not count.
     sha256: of published files; a hash that fits settles the choice.
     """
 
@@ -40,6 +53,8 @@ class TowerRow:
     family: str
     match: Mapping[str, object]
     starts: tuple[str, ...] = ()
+    tokenizer: str = ""
+    halves: tuple[str, ...] = ()
     change: Mapping[str, object] = field(default_factory=lambda: dict[str, object]())
     layer: int = -1
     window: int
@@ -50,12 +65,17 @@ class TowerRow:
     about: str = ""
     sha256: tuple[str, ...] = ()
 
-    def fits(self, family: str, spec: object, names: Iterable[str]) -> bool:
-        """Whether a tower of `family` and `spec`, published under tensor `names`, can be this one."""
+    def fits(self, family: str, spec: object, names: Iterable[str], files: Iterable[str] = ()) -> bool:
+        """Whether a tower of `family` and `spec`, published under tensor `names`, can be this one.
+
+        files: bare names of the tokenizer files that came with it.
+        """
+        others = {*VOCABULARIES} - {self.tokenizer}
         return (
             family == self.family
             and _agrees(spec, self.match)
             and (not self.starts or any(name.startswith(self.starts) for name in names))
+            and (not self.tokenizer or (self.tokenizer in files and others.isdisjoint(files)))
         )
 
 
@@ -121,6 +141,8 @@ def read_presets(path: Path) -> Presets:
     for row in methods.values():
         if row.tower not in towers:
             raise _bad(row.name, f"tower {row.tower!r}", "the name of a row in towers")
+    for row in towers.values():
+        _require_halves(row, towers)
     count = len(_rows(fields, "towers")) + len(_rows(fields, "methods"))
     if count != len(towers) + len(methods):
         raise _bad(path.name, "a name that stands there twice", "every name once")
@@ -141,6 +163,8 @@ def _tower(row: Mapping[str, object]) -> TowerRow:
         match=_values(name, row, "match"),
         change=_values(name, {"change": {}, **row}, "change"),
         starts=_texts(row, "starts", name),
+        tokenizer=guard.one_of(_text(row, "tokenizer", name), ("", *VOCABULARIES), "tokenizer", name),
+        halves=_texts(row, "halves", name),
         layer=guard.field({"layer": -1, **row}, "layer", int, name),
         window=guard.field(row, "window", int, name),
         mask_rule=guard.one_of(guard.field(row, "mask_rule", str, name), MASK_RULES, "mask rule", name),
@@ -150,6 +174,15 @@ def _tower(row: Mapping[str, object]) -> TowerRow:
         about=_text(row, "about", name),
         sha256=_texts(row, "sha256", name),
     )
+
+
+def _require_halves(row: TowerRow, towers: Mapping[str, TowerRow]) -> None:
+    """A tower of family dual names two others, and no other tower does."""
+    if len(row.halves) != 2 * (row.family == DUAL):
+        raise _bad(row.name, f"family {row.family}, halves {list(row.halves)}", "two halves in a dual tower")
+    for half in row.halves:
+        if half not in towers or towers[half].family in (DUAL, HOST):
+            raise _bad(row.name, f"half {half!r}", "the name of a row in towers that has a file of its own")
 
 
 def _method(row: Mapping[str, object]) -> MethodRow:

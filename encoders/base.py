@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..bridges.base import Hidden, Ops, import_folder, parse_spec, register, require_sizes
 from ..bridges.errors import BridgeError
 from . import guard
-from .vocabulary import open_tokenizer, pieces
+from .vocabulary import open_tokenizer, pieces, unknown_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -244,6 +245,15 @@ class Encoder(nn.Module):
         """
         return [Piece(*piece) for piece in pieces(self._tokenizer, text)]
 
+    def is_unknown(self, number: int) -> bool:
+        """Whether a token id stands for text that the vocabulary does not have."""
+        return number == self._unknown
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        # Asked for by few, and costs as much as a tenth of a load.
+        return unknown_id(self.tokenizer_json)
+
     def frame(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Add special tokens and padding: ids [window] int64, mask [window] bool (True = not padding).
 
@@ -407,7 +417,7 @@ def encoder_shapes(family: str, spec: Mapping[str, object] | EncoderSpec) -> dic
 
 
 def _family(family: str, spec: Mapping[str, object] | EncoderSpec) -> tuple[type[Encoder], EncoderSpec]:
-    known = families()
+    known = _FAMILIES if family in _FAMILIES else families()
     if family not in known:
         raise BridgeError(
             "The text tower is of a family that this version does not know.",

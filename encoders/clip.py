@@ -48,6 +48,8 @@ STARTS = ("<|startoftext|>", "[CLS]", "<s>")
 ENDS = ("<|endoftext|>", "[SEP]", "</s>")
 PADDINGS = ("[PAD]", "<pad>", *ENDS)
 ACTIVATIONS = ("gelu", "quick_gelu")
+ABSENT = -1
+CLIP_VOCABULARY = 49408  # rows of OpenAI's table: the last two are its start and end
 
 WORDS = "embeddings.token_embedding.weight"
 PLACES = "embeddings.position_embedding.weight"
@@ -70,22 +72,34 @@ OPEN_PARTS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSpec(EncoderSpec):
-    """Sizes: `inner` of the feed-forward part, `projection` of the pooled vector (0 = no), `activation`."""
+    """Sizes: `inner` of the feed-forward part, `projection` of the pooled vector (0 = no), `activation`.
+
+    start, end: ids around a text where the tokenizer does not hold them (-1 = its own special tokens).
+    """
 
     heads: int
     inner: int
     projection: int = 0
     activation: str = "quick_gelu"
     eps: float = 1e-5
+    start: int = ABSENT
+    end: int = ABSENT
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_sizes(self, heads=1, inner=1, projection=0)
+        require_sizes(self, heads=1, inner=1, projection=0, start=ABSENT, end=ABSENT)
         if self.width % self.heads or self.layers > 256 or not 0 < self.eps < 1:
             raise BridgeError(
                 "The sizes of this CLIP tower do not fit together.",
                 f"width {self.width}, heads {self.heads}, layers {self.layers}, eps {self.eps}",
                 "heads dividing the width, at most 256 layers, eps between 0 and 1",
+                "The file is damaged or was made by another version; fetch or save it again.",
+            )
+        if max(self.start, self.end) >= self.vocab or (self.start < 0) != (self.end < 0):
+            raise BridgeError(
+                "The start and end tokens of this CLIP tower do not fit its vocabulary.",
+                f"start {self.start}, end {self.end}",
+                f"two ids below {self.vocab}, or {ABSENT} for both: those of the tokenizer",
                 "The file is damaged or was made by another version; fetch or save it again.",
             )
         if self.activation not in ACTIVATIONS:
@@ -108,12 +122,24 @@ class Clip(Encoder, family="clip"):
     Spec = ClipSpec
 
     def find_marks(self, tokenizer: Tokenizer, filler: int | None) -> Marks:
-        """Start, end, and the filler: what the JSON's padding section names, else [PAD], else the end."""
-        return Marks(
-            (marker_id(tokenizer, *STARTS),),
-            (marker_id(tokenizer, *ENDS),),
-            marker_id(tokenizer, *PADDINGS) if filler is None else filler,
-        )
+        """Start, end, and the filler: what the JSON's padding section names, else [PAD], else the end.
+
+        BridgeError when CLIP's own table of words stands beside another vocabulary, and the spec does not say
+        which ids frame a text: the vocabulary's marks, or CLIP's (as in MiaoBi).
+        """
+        spec = cast(ClipSpec, self.spec)
+        filler = marker_id(tokenizer, *PADDINGS) if filler is None else filler
+        if spec.start >= 0:
+            return Marks((spec.start,), (spec.end,), filler)
+        start, end = marker_id(tokenizer, *STARTS), marker_id(tokenizer, *ENDS)
+        if spec.vocab == CLIP_VOCABULARY and tokenizer.token_to_id(STARTS[0]) is None:
+            raise BridgeError(
+                "It is not known which tokens this CLIP tower expects around a text.",
+                f"CLIP's table of {spec.vocab} words, and a tokenizer with another vocabulary",
+                f"start and end in its sizes: {start} and {end}, the tokenizer's, or CLIP's 49406 and 49407",
+                "Convert it by a row of the table that says which (change: start and end).",
+            )
+        return Marks((start,), (end,), filler)
 
     def build(self, spec: EncoderSpec, layers: Layers) -> None:
         """Embeddings, layers, final norm and, if the spec has one, the projection."""

@@ -173,6 +173,10 @@ class Dual(Encoder, family="dual"):
             paired.append(Piece(number, min(p.start for p in both), max(p.end for p in both)))
         return paired
 
+    def is_unknown(self, number: int) -> bool:
+        """Whether either half has no token for the text of a pair."""
+        return self.first.is_unknown(number // self._base) or self.second.is_unknown(number % self._base)
+
     def frame(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Frame both sides, each without its "nothing": ids [window] of pairs, mask [window] of either."""
         if len(ids) > self.capacity:
@@ -213,7 +217,7 @@ class Dual(Encoder, family="dual"):
             "A dual tower is not made from one model's files.",
             ", ".join(sorted(files)) or "no tokenizer files",
             "two text towers",
-            "Convert both towers by themselves and join them.",
+            "Convert the files of both towers together.",
         )
 
 

@@ -49,6 +49,7 @@ FIRST = "layers.0."
 PACKED = "self_attn.W_pack.weight"
 PROJECTIONS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 ABSENT = -1
+GEMMAS = ("pre", "post")  # where Gemma 2 and 3 have norms of the feed-forward part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +156,10 @@ class Llama(Encoder, family="llama"):
         that only look like Llama's.
         """
         stem = find_stem(shapes, WORDS, FIRST + "input_layernorm.weight")
-        if stem is None:
-            return None
+        if stem is None or any(
+            f"{stem}{FIRST}{place}_feedforward_layernorm.weight" in shapes for place in GEMMAS
+        ):
+            return None  # nothing of this layout, or Gemma 2 and 3, which are a family of their own
         words, inner = shapes[stem + WORDS], shapes.get(f"{stem}{FIRST}mlp.gate_proj.weight")
         out = shapes.get(f"{stem}{FIRST}self_attn.o_proj.weight")
         packed = shapes.get(stem + FIRST + PACKED)
@@ -251,8 +254,6 @@ def _refuse_strangers(shapes: Shapes, stem: str, config: Config) -> None:
     sliding = setting(config, "use_sliding_window") is True
     model = setting(config, "model_type")
     strange = str(model) if str(model).startswith(("gemma", "phi", "cohere", "glm")) else None
-    if f"{stem}{FIRST}pre_feedforward_layernorm.weight" in shapes:
-        strange = "gemma"
     if stem + FIRST + PACKED in shapes and shapes[stem + WORDS][1] == 5120:
         strange = "Baichuan-13B (positions by ALiBi)"
     if strange is None and kind in (None, "default") and not sliding:
@@ -261,7 +262,8 @@ def _refuse_strangers(shapes: Shapes, stem: str, config: Config) -> None:
         "This language model has Llama's layout but computes something else.",
         f"model {strange or model}, rotary positions of type {kind}, sliding window {sliding}",
         "plain rotary positions and full attention (Llama, Baichuan2-7B, QLLaMA, Qwen2, Qwen3)",
-        "Load it with ComfyUI's own CLIP loader and connect it as the bridge's tower.",
+        "Take the whole folder of a Gemma 2, Gemma 3 or T5Gemma, with its config.json (family gemma). Load "
+        "any other with ComfyUI's own CLIP loader and connect it to a bridge of the family host.",
     )
 
 

@@ -33,10 +33,9 @@ def open_tokenizer(tokenizer_json: bytes, vocab: int) -> tuple[Tokenizer, int | 
 
     BridgeError when it is damaged or too large for the tower.
     """
-    tokenizer = _open(tokenizer_json)
-    ids = tokenizer.get_vocab().values()
-    if max(ids, default=0) >= vocab:
-        raise _unusable(f"token ids up to {max(ids)}", f"ids below {vocab}, the tower's vocabulary")
+    tokenizer, largest = _open(tokenizer_json)
+    if largest >= vocab:
+        raise _unusable(f"token ids up to {largest}", f"ids below {vocab}, the tower's vocabulary")
     section = cast("dict[str, object] | None", cast(Any, tokenizer).padding)
     filler = None if section is None else section.get("pad_id")
     if filler is not None and not (type(filler) is int and filler < vocab):
@@ -46,17 +45,37 @@ def open_tokenizer(tokenizer_json: bytes, vocab: int) -> tuple[Tokenizer, int | 
     return tokenizer, filler
 
 
-def _open(tokenizer_json: bytes) -> Tokenizer:
+def _open(tokenizer_json: bytes) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the largest id that it gives."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
-        tokenizer.get_vocab()
+        count = tokenizer.get_vocab_size()
+        # As many ids without a gap as there are tokens: none is larger. A whole dictionary costs twice as much.
+        if count and None not in map(tokenizer.id_to_token, range(count)):
+            largest = count - 1
+        else:
+            largest = max(tokenizer.get_vocab().values(), default=0)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic inside the Rust library is not an Exception
         raise _unusable(f"{type(error).__name__}: {error!s:.200}", "a tokenizer.json") from error
-    return tokenizer
+    return tokenizer, largest
+
+
+def unknown_id(tokenizer_json: bytes) -> int | None:
+    """The id of the token for text that the vocabulary does not have; None where every text has tokens."""
+    value: Any = json.loads(tokenizer_json)
+    model: dict[str, Any] = value["model"]
+    if model.get("byte_fallback"):
+        return None
+    if "unk_id" in model:
+        return cast("int | None", model["unk_id"])
+    token, words = model.get("unk_token"), model.get("vocab", {})
+    # Byte-level pieces (CLIP, Llama 3) spell every text; their models name an unknown token all the same.
+    spelled = '"ByteLevel"' in json.dumps([value.get("pre_tokenizer"), value.get("normalizer")])
+    return None if token is None or spelled else cast("int | None", words.get(token))
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, int]]:
@@ -99,7 +118,7 @@ def with_padding(tokenizer_json: bytes, token: str | None) -> bytes:
     """Write into the JSON's padding section that windows are filled with `token`; None leaves it alone."""
     if token is None:
         return tokenizer_json
-    tokenizer = _open(tokenizer_json)
+    tokenizer, _ = _open(tokenizer_json)
     number = tokenizer.token_to_id(token)
     if number is None:
         raise _unusable(f"padding with {token!r:.80}", "a padding token that the tokenizer knows")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bridges.base import Bridge, Cond, Hidden
+from ..bridges.errors import BridgeError
 from ..encoders.base import Encoder
 from .cache import EMBEDDINGS, Said
 from .words import Framed
@@ -64,6 +65,8 @@ class NativeTower:
     ) -> None:
         self.encoder = encoder
         self.words = Framed(encoder, *template) if any(template) else encoder
+        if bridge.lead:
+            _require_lead(self.words, bridge.lead, encoder.identity)
         self.bridge = bridge
         self.digest = digest
         bridge.eval().requires_grad_(False)
@@ -161,6 +164,19 @@ class NativeTower:
             tuple(ids.shape),
             dtype,
             self.patcher.load_device,
+        )
+
+
+def _require_lead(words: Any, lead: int, identity: str) -> None:
+    """Refuse a tower that cuts a template into other pieces than the bridge drops: rows of the prompt would
+    be lost, or rows of the template heard, and nobody would see it."""
+    found = int((words.frame([-1])[0] < 0).int().argmax())
+    if found != lead:
+        raise BridgeError(
+            f"The text tower {identity!r} does not cut the bridge's template as its authors' tower does.",
+            f"{found} tokens before the prompt",
+            f"{lead} tokens, which the bridge drops",
+            "Convert bridge and tower again from the published files, with the tokenizer of the same model.",
         )
 
 

@@ -96,6 +96,13 @@ class Convert(io.ComfyNode):
                 io.Boolean.Input(
                     "overwrite", default=False, tooltip="Replace files of the same name from an earlier run."
                 ),
+                io.Combo.Input(
+                    "and_with",
+                    options=[NOTHING, *sources],
+                    default=NOTHING,
+                    optional=True,
+                    tooltip="A third download: the other text encoder of a method that reads two.",
+                ),
             ],
             outputs=[io.String.Output("report", tooltip="What was written, and what to know about it.")],
         )
@@ -122,6 +129,7 @@ class Convert(io.ComfyNode):
         form: str,
         precision: str,
         overwrite: bool,
+        and_with: str = NOTHING,
     ) -> io.NodeOutput:
         """Looks every name up in the lists again, because a linked text was never compared with them."""
         import torch
@@ -129,8 +137,7 @@ class Convert(io.ComfyNode):
         from ..conversion.convert import convert, report
 
         paths = [_listed(source)]
-        if together_with != NOTHING:
-            paths.append(_listed(together_with))
+        paths += [_listed(name) for name in (together_with, and_with) if name != NOTHING]
         if tokenizer != BESIDE:
             paths += _tokenizer_files(tokenizer)
         if precision not in PRECISIONS or preset not in (RECOGNISE, *preset_names()):

@@ -220,15 +220,12 @@ class Rouwei(nn.Module):
             ops.Linear(context, pooled),
         )
 
-    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """One text [1, T, D] without the template and without padding."""
-        x = self.seq_projection(text[:, : self.window])
-        count = x.shape[1]
-        x = (
-            torch.cat([x, x.new_zeros(1, self.window - count, x.shape[2])], 1)
-            + self.input_position_embeddings
-        )
-        padding = torch.arange(self.window)[None] >= count
+    def forward(self, text: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """One text [1, T, D] without the template and without padding, at the places from `start` on."""
+        x = self.seq_projection(text[:, : self.window - start])
+        places = torch.arange(start, start + x.shape[1])
+        x = x.new_zeros(1, self.window, x.shape[2]).index_copy(1, places, x) + self.input_position_embeddings
+        padding = ~torch.isin(torch.arange(self.window), places)[None]
         for block in self.wide_attention_blocks:
             x = block(x, padding)
         queries = self.compression_queries

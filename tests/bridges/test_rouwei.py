@@ -41,6 +41,19 @@ def test_text_beyond_the_window_is_not_read(tokens: int, skip: int) -> None:
     assert_equal(cond, *reference(states[:, skip:]))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 14])
+def test_padding_before_the_text_leaves_the_text_in_the_last_places(tokens: int) -> None:
+    """T5Gemma's tokenizer pads so, and each place has a vector of its own."""
+    reference = references.Rouwei(**SIZES)
+    bridge = twin("rouwei", reference, SPEC)
+    states = texts(1, 14, 12).states
+    mask = torch.arange(14)[None] >= 14 - tokens
+    context, pooled = reference(states[:, 14 - tokens :], start=14 - tokens)
+    assert_equal(bridge(Hidden(states, mask)), context, pooled)
+    front = bridge(Hidden(states.roll(tokens, dims=1), mask.roll(tokens, dims=1)))
+    assert tokens == 14 or (front.context - context).abs().max() > 1e-2
+
+
 def test_the_published_heads_are_sixteen() -> None:
     spec = twin("rouwei", references.Rouwei(**SIZES)).spec
     assert spec == SPEC

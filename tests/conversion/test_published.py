@@ -25,6 +25,7 @@ from language_bridge.tests.conversion.layouts import (
     LDM,
     heads,
     model_folder,
+    pea,
     random,
     save,
     table,
@@ -50,6 +51,13 @@ BERT_LARGE = BERT_BASE | {
 }
 XLMR_LARGE = BERT_LARGE | {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 T5_XL = {
     "d_model": 2048,
     "d_kv": 64,
@@ -145,6 +153,29 @@ def taiyi() -> dict[str, tuple[int, ...]]:
     return shapes_of(transformers.BertModel(transformers.BertConfig(**BERT_BASE)))
 
 
+def alt_clip(m18: bool = False) -> dict[str, tuple[int, ...]]:
+    """BAAI/AltCLIP and AltCLIP-m18: XLM-R under a head for retrieval, and CLIP's other half."""
+    width = 1024 if m18 else 768
+    head: dict[str, tuple[int, ...]] = {
+        "transformation.weight": (width, 1024),
+        "transformation.bias": (width,),
+    }
+    head |= {"pre_LN.weight": (1024,), "pre_LN.bias": (1024,)}
+    around = {"text_projection.weight": (width, width), "visual_projection.weight": (width, 1024)}
+    around |= {"vision_model.embeddings.class_embedding": (1024,), "logit_scale": ()}
+    return under("text_model.", xlmr("roberta.") | head) | around
+
+
+def clip_l() -> dict[str, tuple[int, ...]]:
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L))
+    shapes = {
+        key if key.startswith("text_model.") else f"text_model.{key}": v
+        for key, v in shapes_of(model).items()
+    }
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 123_060_480  # 246 MB in half
+    return shapes | {"text_model.embeddings.position_ids": (1, 77)}
+
+
 def open_clip() -> dict[str, tuple[int, ...]]:
     heads_of_clip = {"text.proj.0.weight": (1024, 1024), "text.proj.2.weight": (4, 4), "visual.proj": (4, 4)}
     return (
@@ -156,6 +187,7 @@ HUGE = {f"chinese-clip-vit-huge-patch14{window}" for window in ("", "-64", "-77"
 LARGE = {"chinese-clip-vit-large-patch14", "chinese-clip-vit-large-patch14-336px"}
 TAIYI = {f"taiyi-sd-1b-{name}" for name in ("chinese-v0.1", "chinese-v0.1-77", "anime-chinese-v0.1")}
 ALT = {"altdiffusion-m2", "altdiffusion-m9"}
+ELLA = {"ella-sd1.5-tsc-t5xl", "ella-sd1.5-tsc-t5xl-host"}
 CASES: dict[str, tuple[Callable[[], Shapes], set[str]]] = {
     "Chinese-CLIP B/16": (lambda: chinese_clip(BERT_BASE, 512), {"chinese-clip-vit-base-patch16"}),
     "Chinese-CLIP L/14": (lambda: chinese_clip(BERT_BASE, 768), LARGE),
@@ -165,6 +197,9 @@ CASES: dict[str, tuple[Callable[[], Shapes], set[str]]] = {
     "Taiyi text_encoder": (taiyi, TAIYI),
     "Taiyi .ckpt": (lambda: single_file(under("transformer.", taiyi()), 768), TAIYI),
     "open_clip XLM-R": (open_clip, {"open-clip-xlm-roberta-large-vit-h-14"}),
+    "AltCLIP": (alt_clip, {"altclip", "altclip-normed"}),
+    "AltCLIP-m18": (lambda: alt_clip(m18=True), set()),
+    "MiaoBi text_encoder": (clip_l, {"miaobi-beta-0.9", "miaobi-beta-0.9-any-unet"}),
     "AltDiffusion text_encoder": (alt, ALT),
     "AltDiffusion-m9.safetensors": (lambda: single_file(alt(), 768), ALT),
     "AltDiffusion-m18 text_encoder": (lambda: alt(m18=True), {"altdiffusion-m18"}),
@@ -181,7 +216,7 @@ CASES: dict[str, tuple[Callable[[], Shapes], set[str]]] = {
         lambda: shapes_of(references.Omni(4096, 2048, 1280, 227, 4)),
         {f"omnidiffusion-stage-{stage}" for stage in (1, 2, 3)},
     ),
-    "ELLA": (lambda: shapes_of(references.Ella(2048, 768, 64, 6, 320)), {"ella-sd1.5-tsc-t5xl"}),
+    "ELLA": (lambda: shapes_of(references.Ella(2048, 768, 64, 6, 320)), ELLA),
     "MuLan sd15": (lambda: shapes_of(references.MulanAdapter(4096, 768, 120, 1)), {"mulan-sd15"}),
     "MuLan sd21": (lambda: shapes_of(references.MulanAdapter(4096, 1024, 120, 1)), {"mulan-sd21"}),
     "MuLan sdxl": (
@@ -190,14 +225,19 @@ CASES: dict[str, tuple[Callable[[], Shapes], set[str]]] = {
     ),
     "RouWei-Gemma": (
         lambda: shapes_of(references.Rouwei(1152, 2048, 1280, 512, 308, 2, 3)),
-        {"rouwei-gemma-v0", "rouwei-gemma-v0.1"},
+        {f"rouwei-gemma-{version}{host}" for version in ("v0", "v0.1") for host in ("", "-host")},
     ),
     "RouWei-T5Gemma": (
         lambda: shapes_of(references.Rouwei(2304, 2048, 1280, 512, 308, 3, 3)),
-        {"rouwei-t5gemma"},
+        {f"rouwei-t5gemma{reading}" for reading in ("", "-right", "-host")},
     ),
 }
 """Name -> shapes, and the rows that fit: methods where there are any, else towers."""
+
+
+def part_of(name: str, shapes: Shapes) -> Part:
+    dtypes = dict.fromkeys(shapes, torch.float32)
+    return Part(name, Weights(shapes, dtypes, lambda key: torch.empty(shapes[key], device="meta")))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -205,14 +245,36 @@ def test_a_published_file_is_recognised_as_what_it_is(name: str) -> None:
     make, expected = CASES[name]
     with torch.device("meta"):
         shapes = make()
-    dtypes = dict.fromkeys(shapes, torch.float32)
-    part = Part(name, Weights(shapes, dtypes, lambda key: torch.empty(shapes[key], device="meta")))
-    contents = room._contents(Source((part,), {}, {}, ()))
+    words = {"vocab.txt": b""} if name.startswith("MiaoBi") else {}
+    contents = room._contents(Source((part_of(name, shapes),), words, {}, ()))
     fitting = room._fitting(contents, published())
     methods = {choice.method.name for choice in fitting if choice.method is not None}
     towers = {choice.tower.name for choice in fitting if choice.method is None}
     assert (methods or towers) == expected
     assert not methods or towers <= {published().methods[method].tower for method in methods}
+
+
+@pytest.mark.parametrize("chinese", ["hf", "pt"])
+def test_the_two_towers_of_peas_dual_adapter_are_recognised_together(chinese: str) -> None:
+    with torch.device("meta"):
+        make = chinese_clip if chinese == "hf" else cn_clip
+        towers = (part_of("cn", make(BERT_LARGE, 1024)), part_of("mul", open_clip()))
+        adapter = part_of("pea", pea("P3", hidden=2048, width=2048, pooled=1280, context=2048))
+    (choice,) = room._fitting(room._contents(Source((*towers, adapter), {}, {}, ())), published())
+    assert choice.method is not None and choice.method.name == "pea-sdxl-dual"
+    assert [found.part.name for found in choice.parts] == ["mul", "cn"]
+
+
+@pytest.mark.parametrize(("layout", "width", "count"), [("P2", 1024, 4_987_136), ("P4", 2048, 15_732_736)])
+def test_peas_published_sizes_are_those_that_load(
+    tmp_path: Path, layout: str, width: int, count: int
+) -> None:
+    shapes = pea(layout, hidden=1024, width=width, pooled=1280, context=2048)
+    source = save(tmp_path / "pytorch_model.bin", random(shapes, dtype=torch.float16))
+    (path,) = room.convert([source], tmp_path, preset="pea-sdxl-xlm-roberta")
+    bridge = load_bridge(path).bridge
+    assert sum(parameter.numel() for parameter in bridge.parameters()) == count
+    assert (bridge.spec.hidden, bridge.spec.context, bridge.spec.pooled) == (1024, 2048, 1280)
 
 
 def test_the_whole_unet_of_another_make_does_not_stand_in_the_way(tmp_path: Path) -> None:

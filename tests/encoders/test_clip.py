@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -154,7 +155,6 @@ def test_ids_equal_the_reference_tokenizer(text: str) -> None:
 
 
 def test_a_bert_vocabulary_frames_with_its_own_marks() -> None:
-    """MiaoBi's way: CLIP's tower, BERT's vocabulary."""
     vocabulary = "\n".join(VOCABULARY).encode()
     tokenizer = Clip.tokenizer_from({"vocab.txt": vocabulary})
     spec = ClipSpec(vocab=len(VOCABULARY), width=32, layers=2, window=40, heads=4, inner=48)
@@ -162,6 +162,47 @@ def test_a_bert_vocabulary_frames_with_its_own_marks() -> None:
     ids, mask = tower.batch(["\u7ea2\u732b"])
     assert [VOCABULARY[n] for n in ids[0].tolist()] == ["[CLS]", "\u7ea2", "\u732b", "[SEP]", *["[PAD]"] * 4]
     assert int(mask.sum()) == 4 and tower(ids, mask).pooled.shape == (1, 32)
+
+
+MIAOBI_FILES = {
+    "vocab.txt": "\n".join(VOCABULARY).encode(),
+    "tokenizer_config.json": b'{"pad_token": "[PAD]", "do_lower_case": true, "model_max_length": 77}',
+}
+
+
+def test_miaobi_frames_berts_pieces_with_clips_marks() -> None:
+    """CLIP's tower with its table of words, BERT's vocabulary in the table's first rows."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = SIZES | {"vocab_size": 49408}
+    model = shake(CLIPTextModel(CLIPTextConfig(**sizes)))
+    tensors = hugging_face(model)
+    measured = published(tensors, sizes, "clip")
+    spec = dataclasses.replace(measured, start=49406, end=49407)
+    made = Clip.tokenizer_from(MIAOBI_FILES)
+    tower = Clip(spec, made, identity="toy", window=24, mask_rule="none")
+    tower.load_state_dict(Clip.adopt(tensors, spec), strict=True)
+    ids, mask = tower.batch(["\u7ea2CAT", *TEXTS])
+    first = [49406, VOCABULARY.index("\u7ea2"), VOCABULARY.index("cat"), 49407]
+    assert ids[0].tolist() == [*first, *[0] * 20] and int(mask[0].sum()) == 4
+    assert torch.equal(tower.mask_of(ids), mask)
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        hidden = tower(ids, mask)
+    torch.testing.assert_close(hidden.states, expected, **EXACT)
+    ends = (ids == 49407).int().argmax(1)
+    torch.testing.assert_close(hidden.pooled, expected[torch.arange(len(ids)), ends], **EXACT)
+
+
+def test_which_marks_frame_another_vocabulary_in_clips_table_is_not_guessed() -> None:
+    tokenizer = Clip.tokenizer_from(MIAOBI_FILES)
+    spec = ClipSpec(vocab=49408, width=32, layers=1, window=40, heads=4, inner=48)
+    with pytest.raises(BridgeError, match="49406 and 49407"):
+        Clip(spec, tokenizer, identity="toy", window=8)
+    with pytest.raises(BridgeError, match="do not fit its vocabulary"):
+        dataclasses.replace(spec, start=49406)
+    with pytest.raises(BridgeError, match="do not fit its vocabulary"):
+        dataclasses.replace(spec, start=49406, end=49408)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ def test_a_model_is_read_as_sentencepiece_reads_it(kind: str) -> None:
         assert (found == UNKNOWN) == judge.is_unknown(number)
         assert (found == BYTE) == judge.is_byte(number)
     assert model.unknown == judge.unk_id() and (model.kind == UNIGRAM) == (kind in ("xlmr", "t5"))
-    assert model.byte_fallback == model.tidy_spaces ^ True == (kind in ("llama", "baichuan"))
-    assert model.leading_space == (kind != "baichuan") and any(k == NORMAL for *_, k in model.pieces)
+    assert model.byte_fallback == model.tidy_spaces ^ True == (kind not in ("xlmr", "t5"))
+    assert model.leading_space == (kind not in ("baichuan", "gemma"))
+    assert any(k == NORMAL for *_, k in model.pieces)
 
 
 def test_symbols_of_the_user_are_kept_whole() -> None:

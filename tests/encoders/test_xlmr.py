@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -47,7 +49,6 @@ STEMS = {
     "AltDiffusion": "roberta.",
     "AltDiffusion, single file": "cond_stage_model.roberta.",
     "AltDiffusion, folder in one": "text_encoder.roberta.",
-    "AltCLIP": "text_model.roberta.",
 }
 
 
@@ -60,6 +61,7 @@ def test_states_equal_the_reference(layout: str, layer: int, mask_rule: str) -> 
     tensors[STEMS[layout] + "embeddings.position_ids"] = torch.arange(42)[None]
     outer = STEMS[layout].removesuffix("roberta.")
     tensors[outer + "transformation.weight"] = torch.zeros(24, 32)
+    tensors[outer + "transformation.bias"] = torch.zeros(24)
     tensors[outer + "pre_LN.weight"] = torch.zeros(32)
     tower = read(tensors, SIZES, TOYS["xlmr"](), layer=layer, mask_rule=mask_rule)
     ids, mask = tower.batch(TEXTS)
@@ -69,6 +71,59 @@ def test_states_equal_the_reference(layout: str, layer: int, mask_rule: str) -> 
         hidden = tower(ids, mask)
     torch.testing.assert_close(hidden.states, expected, **EXACT)
     torch.testing.assert_close(hidden.pooled, expected[:, 0], **EXACT)
+
+
+def altclip() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """transformers' text half of AltCLIP, and its weights as they are published, among the other half's."""
+    from transformers import AltCLIPTextConfig, AltCLIPTextModel
+
+    model = shake(AltCLIPTextModel(AltCLIPTextConfig(project_dim=24, **SIZES)))
+    published_names = {key.replace("encoder.layers.", "encoder.layer."): key for key in model.state_dict()}
+    tensors = {f"text_model.{name}": model.state_dict()[key] for name, key in published_names.items()}
+    tensors["text_model.roberta.embeddings.position_ids"] = torch.arange(42)[None]
+    tensors |= {"text_projection.weight": torch.zeros(24, 24), "logit_scale": torch.zeros(())}
+    return model, tensors | {"vision_model.embeddings.class_embedding": torch.zeros(16)}
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_altclips_head_gives_the_states_of_the_class_that_it_was_published_with(norm: bool) -> None:
+    """transformers norms before the head; FlagAI's own code and diffusers' RobertaSeries class do not."""
+    model, tensors = altclip()
+    measured = published(tensors, {"text_config": SIZES}, "xlmr")
+    assert isinstance(measured, XlmrSpec)
+    assert (measured.width, measured.inside, measured.norm) == (24, 32, True)
+    spec = dataclasses.replace(measured, norm=norm)
+    toy = TOYS["xlmr"]()
+    tower = Xlmr(spec, toy.tokenizer_json, identity="toy", window=24)
+    tower.load_state_dict(Xlmr.adopt(tensors, spec), strict=True)
+    assert (tower.width, tower.pooled_width) == (24, 24)
+    ids, mask = tower.batch(TEXTS)
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=mask.long(), output_hidden_states=True)
+        series = model.transformation(theirs.hidden_states[-1])
+        hidden = tower(ids, mask)
+    assert (series - theirs.last_hidden_state).abs().max() > 0.1
+    expected = theirs.last_hidden_state if norm else series
+    torch.testing.assert_close(hidden.states, expected, **EXACT)
+    torch.testing.assert_close(hidden.pooled, expected[:, 0], **EXACT)
+
+
+@pytest.mark.parametrize("key", ["transformation.bias", "transformation_pre.weight"])
+def test_a_head_that_is_not_whole_or_not_for_retrieval_is_not_the_towers(key: str) -> None:
+    """m18's conditioning has a head of its own, which is a bridge wherever it is published."""
+    _, tensors = altclip()
+    if f"text_model.{key}" in tensors:
+        del tensors[f"text_model.{key}"]
+    else:
+        tensors[f"text_model.{key}"] = torch.zeros(24, 32)
+    spec = published(tensors, SIZES, "xlmr")
+    assert isinstance(spec, XlmrSpec) and (spec.width, spec.inside, spec.norm) == (32, 0, False)
+
+
+@pytest.mark.parametrize("changes", [{"norm": True}, {"inside": 30}, {"inside": -1}])
+def test_odd_heads_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(BridgeError, match="what to do:"):
+        dataclasses.replace(TOYS["xlmr"]().spec, **changes)
 
 
 def test_positions_count_from_two_and_padding_sits_at_one() -> None:

@@ -13,6 +13,7 @@ from language_bridge.encoders.base import Encoder, EncoderSpec, families
 from language_bridge.encoders.bert import Bert, BertSpec, bert_tokenizer
 from language_bridge.encoders.clip import Clip
 from language_bridge.encoders.dual import join
+from language_bridge.encoders.gemma import Gemma
 from language_bridge.encoders.llama import Llama
 from language_bridge.encoders.t5 import T5
 from language_bridge.encoders.xlmr import Xlmr
@@ -96,6 +97,15 @@ KINDS: dict[str, dict[str, object]] = {
     },
 }
 KINDS["baichuan"] = KINDS["llama"] | {"add_dummy_prefix": False}
+KINDS["gemma"] = KINDS["baichuan"] | {
+    "pad_id": 0,
+    "eos_id": 1,
+    "bos_id": 2,
+    "unk_id": 3,
+    "bos_piece": "<bos>",
+    "eos_piece": "<eos>",
+    "user_defined_symbols": ["<mask>", "<start_of_turn>", "<end_of_turn>", "\n", "\n\n"],
+}
 SPEECH = [
     *TEXTS[:6],
     *TEXTS[7:],
@@ -147,8 +157,8 @@ def tokenizer_files(family: str) -> dict[str, bytes]:
         return {"vocab.txt": "\n".join(VOCABULARY).encode() + b"\n"}
     if family == "clip":
         return clip_files()
-    names = {"xlmr": "sentencepiece.bpe.model", "t5": "spiece.model", "llama": "tokenizer.model"}
-    return {names[family]: sentencepiece_model(family)}
+    names = {"xlmr": "sentencepiece.bpe.model", "t5": "spiece.model"}
+    return {names.get(family, "tokenizer.model"): sentencepiece_model(family)}
 
 
 SIZES: dict[str, dict[str, object]] = {
@@ -157,8 +167,16 @@ SIZES: dict[str, dict[str, object]] = {
     "clip": {"vocab": 520, "heads": 4, "inner": 48},
     "t5": {"vocab": 100, "heads": 4, "head": 6, "inner": 48, "buckets": 8, "distance": 10},
     "llama": {"vocab": 420, "heads": 4, "pairs": 2, "head": 8, "inner": 48},
+    "gemma": {"vocab": 420, "heads": 4, "pairs": 2, "head": 8, "inner": 48, "every": 2, "reach": 6},
 }
-CLASSES: Mapping[str, type[Encoder]] = {"bert": Bert, "xlmr": Xlmr, "clip": Clip, "t5": T5, "llama": Llama}
+CLASSES: Mapping[str, type[Encoder]] = {
+    "bert": Bert,
+    "xlmr": Xlmr,
+    "clip": Clip,
+    "t5": T5,
+    "llama": Llama,
+    "gemma": Gemma,
+}
 
 
 def toy_spec(family: str, **changes: object) -> EncoderSpec:

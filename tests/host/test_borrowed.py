@@ -12,9 +12,12 @@ from typing import Any
 import comfy.model_management as management
 import comfy.sd
 import comfy.supported_models_base
+import comfy.text_encoders.t5
 import pytest
 import torch
+import transformers
 from comfy.text_encoders.aura_t5 import AuraT5Model, AuraT5Tokenizer
+from safetensors.torch import save_file
 
 import nodes
 from language_bridge.bridges.base import Hidden, create
@@ -200,6 +203,163 @@ def test_a_dropped_tower_is_let_go(sd1: Checkpoint, folder: Path) -> None:
     management.cleanup_models()
     gc.collect()
     assert model() is None
+
+
+# -- Flan-T5 in the host's class for Pile-T5 ------------------------------------------------------------
+
+FLAN = {"d_model": 16, "d_kv": 8, "d_ff": 5120, "num_heads": 2, "num_layers": 24}
+"""So narrow that the rest stays small: the host knows a T5-XL by its 24 layers and the 5120."""
+FLAN_WINDOW = 40
+SPOKEN = (
+    "a red cat on the mat",
+    "Two astronauts, riding a horse (at night)! 1.3",
+    "caf\u00e9 d\u00e9j\u00e0 vu \u732b <extra_id_0>",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def flan() -> torch.nn.Module:
+    """transformers' own encoder with random weights, T5's one table of positions among them."""
+    config = transformers.T5Config(**FLAN, vocab_size=32128, feed_forward_proj="gated-gelu")
+    model = transformers.T5EncoderModel(config).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            table = weight.ndim == 1 or name.endswith(("shared.weight", "bias.weight"))
+            weight.normal_(generator=generator).mul_(1.0 if table else weight.shape[-1] ** -0.5)
+    return model
+
+
+def write_flan(path: Path, flan: torch.nn.Module, **more: torch.Tensor) -> Path:
+    state = {key: value.contiguous() for key, value in flan.state_dict().items() if "embed_tokens" not in key}
+    save_file(state | more, str(path))
+    return path
+
+
+def table(layer: int) -> str:
+    return f"encoder.block.{layer}.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def load_t5(path: Path) -> Any:
+    """CLIPLoader's own function, with the small sizes."""
+    options = {"pile_t5xl_model_config": FLAN, "dtype": torch.float32}
+    with torch.inference_mode():
+        return comfy.sd.load_clip(ckpt_paths=[str(path)], model_options=options)
+
+
+def write_reader(path: Path, kind: str = "linear") -> str:
+    bridge = create(
+        kind,
+        {"hidden": 16, "context": 768}
+        | ({"queries": 4, "layers": 1, "channels": 16} if kind == "ella" else {}),
+    )
+    bridge.reset_parameters(torch.Generator().manual_seed(1))
+    tower = EncoderRef("host", "flan-t5-xl-host", -1, FLAN_WINDOW, "pad")
+    header = BridgeHeader(kind=kind, spec=dataclasses.asdict(bridge.spec), base="sd1", encoder=tower)
+    save_bridge(path, header, bridge)
+    return path.name
+
+
+def test_flan_in_the_hosts_class_gives_the_ids_and_states_of_transformers(
+    sd1: Checkpoint, folder: Path, flan: torch.nn.Module, tmp_path: Path
+) -> None:
+    clip = load_t5(write_flan(tmp_path / "flan.safetensors", flan))
+    words = Path(comfy.text_encoders.t5.__file__).with_name("t5_tokenizer")
+    judge = transformers.T5TokenizerFast.from_pretrained(str(words))
+    name = write_reader(folder / "flan.safetensors")
+    _, bridged_clip = bridged(sd1, bridge=name, tower=clip, route="native only")
+    encoder = bridged_clip.speech.tower.encoder
+    plain = load_bridge(folder / name).bridge
+    for text in SPOKEN:
+        asked = judge(text, padding="max_length", max_length=FLAN_WINDOW, return_tensors="pt")
+        ids, mask = encoder.frame([piece.id for piece in encoder.tokenize(text)])
+        assert ids.tolist() == asked["input_ids"][0].tolist()
+        assert mask.tolist() == asked["attention_mask"][0].bool().tolist()
+        with torch.inference_mode():
+            states = flan(**asked).last_hidden_state
+            found = encoder(ids[None], mask[None]).states
+            rows = plain(Hidden(states, mask[None])).context
+        assert states.abs().max() > 1
+        torch.testing.assert_close(found, states, rtol=1e-5, atol=1e-5)
+        if text.isascii() and "(" not in text:  # the others mean something in a prompt
+            torch.testing.assert_close(encode(bridged_clip, text)[0][0], rows, rtol=1e-5, atol=1e-5)
+    assert [piece.start for piece in encoder.tokenize("a red cat")] == [0, 0, 1, 5]
+
+
+def test_the_hosts_clip_is_left_as_it_was(
+    sd1: Checkpoint, folder: Path, flan: torch.nn.Module, tmp_path: Path
+) -> None:
+    clip = load_t5(write_flan(tmp_path / "flan.safetensors", flan))
+    inner = clip.cond_stage_model.pile_t5xl
+    tables = [
+        block.layer[0].SelfAttention.relative_attention_bias for block in inner.transformer.encoder.block
+    ]
+    with torch.inference_mode():
+        for number, module in enumerate(tables[1:]):
+            module.weight.fill_(0.1 * number)  # the file has none, so they hold whatever was in memory
+    before, facts = stock(clip, "a red cat"), dict(inner.special_tokens)
+    _, bridged_clip = bridged(sd1, bridge=write_reader(folder / "flan.safetensors"), tower=clip)
+    assert torch.isfinite(encode(bridged_clip, "\u732b")[0][0]).all()
+    after = [
+        block.layer[0].SelfAttention.relative_attention_bias for block in inner.transformer.encoder.block
+    ]
+    assert all(one is other for one, other in zip(after, tables, strict=True))
+    assert inner.special_tokens == facts and inner.enable_attention_masks and inner.zero_out_masked
+    assert torch.equal(stock(clip, "a red cat"), before)
+
+
+def test_ella_reads_a_borrowed_flan_at_every_step(
+    sd1: Checkpoint, folder: Path, flan: torch.nn.Module, tmp_path: Path
+) -> None:
+    clip = load_t5(write_flan(tmp_path / "flan.safetensors", flan))
+    model, bridged_clip = bridged(
+        sd1, bridge=write_reader(folder / "ella.safetensors", "ella"), tower=clip, route="native only"
+    )
+    conds = encode(bridged_clip, "a red cat"), encode(bridged_clip, "")
+    assert conds[0][0][0].shape == (1, 4, 768) and not same(*conds)
+    assert torch.isfinite(sample(model, *conds)).all()
+
+
+def test_what_cannot_be_shown_to_be_flan_is_refused_with_the_road_that_works(
+    sd1: Checkpoint, folder: Path, flan: torch.nn.Module, lent: Any, tmp_path: Path
+) -> None:
+    name = write_reader(folder / "flan.safetensors")
+
+    def refusal(clip: Any) -> str:
+        with pytest.raises(BridgeError, match="cannot be shown") as caught:
+            bridged(sd1, bridge=name, tower=clip)
+        assert "ella-sd1.5-tsc-t5xl" in caught.value.action and "CLIPLoader" in caught.value.action
+        return caught.value.found
+
+    pile = {table(layer): torch.randn(32, 2) for layer in range(1, 24)}
+    assert "24 tables" in refusal(load_t5(write_flan(tmp_path / "pile.safetensors", flan, **pile)))
+    one = {table(23): torch.randn(32, 2)}
+    assert "2 tables" in refusal(load_t5(write_flan(tmp_path / "one.safetensors", flan, **one)))
+    assert "does not say which file" in refusal(lent)
+    assert "CLIPTextModel" in refusal(sd1.clip)
+    state = {key: value.clone() for key, value in flan.state_dict().items() if key != "shared.weight"}
+    save_file(
+        {key: value for key, value in state.items() if "embed_tokens" not in key},
+        str(tmp_path / "no.safetensors"),
+    )
+    assert "without ['shared.weight']" in refusal(load_t5(tmp_path / "no.safetensors"))
+    torch.save(flan.state_dict(), tmp_path / "flan.pt")
+    assert "flan.pt" in refusal(load_t5(tmp_path / "flan.pt"))
+
+
+def test_a_t5_is_not_read_as_pile_t5_either(
+    sd1: Checkpoint, folder: Path, flan: torch.nn.Module, tmp_path: Path
+) -> None:
+    """The host fills one of its 24 tables, says so in the log, and would paint."""
+    name = write(folder / "own.safetensors", hidden=16, window=40)
+    with pytest.raises(BridgeError, match="cannot serve as a text tower") as caught:
+        bridged(sd1, bridge=name, tower=load_t5(write_flan(tmp_path / "flan.safetensors", flan)))
+    assert "all but 23 tables" in caught.value.found
+    pile = {table(layer): torch.randn(32, 2) for layer in range(1, 24)}
+    whole = load_t5(write_flan(tmp_path / "pile.safetensors", flan, **pile))
+    _, clip = bridged(sd1, bridge=name, tower=whole, route="native only")
+    assert encode(clip, "un gatto")[0][0].shape == (1, 40, 768)
 
 
 def test_what_does_not_fit_is_refused_in_words(

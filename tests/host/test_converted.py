@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import load as open_pickle
 
+import nodes
 from language_bridge.conversion.convert import convert
 from language_bridge.conversion.presets import Presets, read_presets
 from language_bridge.host.checkpoint import open_checkpoint
@@ -23,10 +25,10 @@ from language_bridge.tests.encoders.toys import tokenizer_files
 from language_bridge.tests.fixtures.checkpoints import FAMILIES, write_checkpoint
 from language_bridge.tests.fixtures.stock import call, encode, same, sample
 
-from .test_checkpoint import LAYERS, TEXT, UNET, WIDTH, head, xlmr
+from .test_checkpoint import LAYERS, TEXT, WIDTH, head, xlmr
 
 CAT = "\u4e00\u53ea\u7ea2\u8272\u7684\u732b"
-STRANGERS = ("out of the way", "blurry")
+STRANGERS = ("out of the way of embedding:sd1-word", "blurry")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "presets.json").write_text(json.dumps(table), encoding="utf-8")
     with torch.inference_mode():
         opened = comfy.sd.load_checkpoint_guess_config(
-            str(stock_file), te_model_options=FAMILIES["sd1"].cut, output_vae=False
+            str(stock_file),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            te_model_options=FAMILIES["sd1"].cut,
+            output_vae=False,
         )
     return World(opened, stock_file, alt_file, request.param, read_presets(folder / "presets.json"))
 
@@ -118,11 +123,19 @@ def test_it_paints_what_its_own_checkpoint_paints(world: World, bridge: str) -> 
     assert (unaware - expected).abs().max() > 1e-3
 
 
-def test_english_stays_the_stock_checkpoints(world: World, bridge: str) -> None:
+@pytest.mark.parametrize("lora", [None, "sd1.safetensors"])
+def test_english_stays_the_stock_checkpoints(world: World, bridge: str, lora: str | None) -> None:
+    """Words and pictures, with a Textual Inversion, and with a LoRA over text and cross-attention."""
     inputs = {"model": world.stock[0], "clip": world.stock[1], "bridge": bridge, "strength": 1.0}
-    model, clip = call(LanguageBridge, **inputs, route="two streams")
+    bridged = call(LanguageBridge, **inputs, route="two streams")
+    pairs = [bridged, world.stock[:2]]
+    if lora is not None:
+        weights = {"lora_name": lora, "strength_model": 1.0, "strength_clip": 1.0}
+        pairs = [call(nodes.LoraLoader, model=model, clip=clip, **weights) for model, clip in pairs]
+        assert not same(*(encode(clip, "blurry") for clip in (pairs[1][1], world.stock[1])))
+    (model, clip), (stock_model, stock_clip) = pairs
     conds = [encode(clip, text) for text in STRANGERS]
-    stock = [encode(world.stock[1], text) for text in STRANGERS]
+    stock = [encode(stock_clip, text) for text in STRANGERS]
     assert same(conds, stock)
-    assert torch.equal(sample(model, *conds), sample(world.stock[0], *stock))
-    assert not any(key.startswith(UNET) and "lora" in key for key in model.patches)
+    assert not same(stock[0], encode(stock_clip, "out of the way of"))
+    assert torch.equal(sample(model, *conds), sample(stock_model, *stock))

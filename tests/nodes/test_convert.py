@@ -19,7 +19,8 @@ from language_bridge.host import folders
 from language_bridge.nodes import convert as node
 from language_bridge.nodes.convert import Convert
 from language_bridge.tests.conversion.layouts import VOCAB_TXT, bert, model_folder, pea, random, save, under
-from language_bridge.tests.conversion.test_convert import PEA, TABLE, TAIYI
+from language_bridge.tests.conversion.test_convert import PEA, TABLE, TAIYI, chinese_clip
+from language_bridge.tests.conversion.test_towers import PAIRS, adapter, first
 
 PUBLISHED = presets.published
 
@@ -107,6 +108,32 @@ def test_a_single_file_takes_its_tokenizer_from_another_folder(models: Path) -> 
     with pytest.raises(BridgeError, match="tokenizer"):
         run("checkpoints/Taiyi.ckpt")
     assert "text tower" in run("checkpoints/Taiyi.ckpt", tokenizer="text_encoders/words")
+
+
+def test_three_downloads_make_a_bridge_with_its_two_towers(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "published", lambda: PAIRS)
+    monkeypatch.setattr("language_bridge.conversion.convert.published", lambda: PAIRS)
+    encoders = models / "text_encoders"
+    first(encoders)
+    save(encoders / "clip_cn_vit-h-14.pt", chinese_clip("pt"))
+    adapter(encoders / "PEA")
+    downloads = {
+        "source": "text_encoders/PEA/",
+        "together_with": "text_encoders/CLIP-ViT-H-14-xlm-roberta/",
+        "tokenizer": "text_encoders/words",
+    }
+    with pytest.raises(BridgeError, match="One half of the text tower both is missing"):
+        run(**downloads)
+    text = run(**downloads, and_with="text_encoders/clip_cn_vit-h-14.pt")
+    assert "pea-dual.safetensors" in text and "family dual" in text and "not among the files" not in text
+    header = read_header(models / folders.FOLDER / "pea-dual.safetensors")
+    assert header is not None
+    tower = folders.encoder_path(header.encoder, "pea-dual.safetensors")
+    assert tower == encoders / "both-tower.safetensors"
+    with pytest.raises(BridgeError, match="not in the list"):
+        run(**downloads, and_with="/etc/passwd")
 
 
 @pytest.mark.parametrize(
