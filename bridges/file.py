@@ -24,6 +24,7 @@ from ..encoders.base import Encoder
 from ..encoders.file import METADATA_KEY as ENCODER_METADATA_KEY
 from ..encoders.file import PREFIX as ENCODER_PREFIX
 from ..encoders.file import TOKENIZER, EncoderHeader, pack_encoder, unpack_encoder
+from ..encoders.ledger import Ledger
 from .base import Bridge, Ops, create, kind_class, parse_spec
 from .errors import BridgeError
 
@@ -179,12 +180,34 @@ def load_bridge(
     ops: Ops = torch.nn,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    ledger: Ledger | None = None,
 ) -> LoadedBridge:
     """Build what a bridge file holds, in `dtype` (None = float32); BridgeError when it is not whole.
 
     With a dtype of 8 bits a tower's linear layers are stored in it; the rest, and the bridge, are float16.
+    ledger: what was verified before, which is then neither hashed nor searched for odd numbers again.
     """
-    layout = guard.read_layout(path)
+    try:
+        return _load(path, ops, device, dtype, ledger)
+    except guard.Changed:
+        return _load(path, ops, device, dtype, None)
+
+
+def _load(
+    path: StrPath,
+    ops: Ops,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    ledger: Ledger | None,
+) -> LoadedBridge:
+    with guard.open_weights(path, ledger) as weights:
+        return _unpack(weights, ops, device, dtype)
+
+
+def _unpack(
+    weights: guard.Weights, ops: Ops, device: torch.device | str | None, dtype: torch.dtype | None
+) -> LoadedBridge:
+    layout = weights.layout
     text = layout.metadata.get(METADATA_KEY)
     if text is None:
         raise BridgeError(
@@ -211,14 +234,13 @@ def load_bridge(
     if header.unet != "none" and not parts["unet"]:
         raise _disagree("no U-Net tensors", f"U-Net part {header.unet!r}")
 
-    tensors = guard.read_tensors(path, layout)
     encoder = None
     if tower is not None:
-        weights = {name: tensors[name] for name in parts["tower"]}
-        encoder = unpack_encoder(tower, weights, ops=ops, device=device, dtype=dtype)
-    bridge = create(header.kind, spec, ops=ops, device=device, dtype=guard.wide(dtype))
-    guard.fill(bridge, tensors, PREFIX, guard.wide(dtype), _OWNER)
-    unet = {name[len(UNET_PREFIX) :]: tensors[name] for name in sorted(parts["unet"])}
+        encoder = unpack_encoder(tower, weights, parts["tower"], ops=ops, device=device, dtype=dtype)
+    bridge = create(header.kind, spec, ops=ops, device="meta", dtype=guard.wide(dtype))
+    guard.fill(bridge, weights, PREFIX, guard.wide(dtype), _OWNER, device=device)
+    unet = {name[len(UNET_PREFIX) :]: weights[name] for name in sorted(parts["unet"])}
+    weights.settle("" if tower is None else tower.digest)
     return LoadedBridge(header, bridge, encoder, unet)
 
 

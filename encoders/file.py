@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from ..bridges.base import Ops
 from ..bridges.errors import BridgeError
 from . import guard
 from .base import Encoder, create_encoder, encoder_shapes
+from .ledger import Ledger
 
 if TYPE_CHECKING:
     from _typeshed import StrPath
@@ -102,19 +103,38 @@ def load_encoder(
     ops: Ops = torch.nn,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    ledger: Ledger | None = None,
 ) -> Encoder:
-    """Build the tower that a file holds, in `dtype` (None = float32); BridgeError when it is not whole."""
-    layout = guard.read_layout(path)
-    text = layout.metadata.get(METADATA_KEY)
-    if text is None:
-        raise BridgeError(
-            "The file is not a text tower of Language Bridge.",
-            f"no {METADATA_KEY!r} in its header",
-            "a tower file",
-            "Choose a text tower that Language Bridge has saved.",
-        )
-    header = EncoderHeader.from_json(text)
-    return unpack_encoder(header, guard.read_tensors(path, layout), ops=ops, device=device, dtype=dtype)
+    """Build the tower that a file holds, in `dtype` (None = float32); BridgeError when it is not whole.
+
+    ledger: what was verified before, which is then neither hashed nor searched for odd numbers again.
+    """
+    try:
+        return _load(path, ops, device, dtype, ledger)
+    except guard.Changed:
+        return _load(path, ops, device, dtype, None)
+
+
+def _load(
+    path: StrPath,
+    ops: Ops,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    ledger: Ledger | None,
+) -> Encoder:
+    with guard.open_weights(path, ledger) as weights:
+        text = weights.layout.metadata.get(METADATA_KEY)
+        if text is None:
+            raise BridgeError(
+                "The file is not a text tower of Language Bridge.",
+                f"no {METADATA_KEY!r} in its header",
+                "a tower file",
+                "Choose a text tower that Language Bridge has saved.",
+            )
+        header = EncoderHeader.from_json(text)
+        encoder = unpack_encoder(header, weights, weights, ops=ops, device=device, dtype=dtype)
+        weights.settle(header.digest)
+    return encoder
 
 
 def pack_encoder(
@@ -145,52 +165,59 @@ def pack_encoder(
 
 def unpack_encoder(
     header: EncoderHeader,
-    tensors: Mapping[str, Tensor],
+    weights: guard.Weights,
+    names: Iterable[str],
     *,
     ops: Ops = torch.nn,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Encoder:
-    """Build a tower from a header and its tensors; BridgeError when they do not belong together."""
-    tokenizer = tensors.get(TOKENIZER)
-    if (
-        tokenizer is None
-        or tokenizer.dtype != torch.uint8
-        or not 0 < tokenizer.numel() <= LARGEST_TOKENIZER_BYTES
-    ):
+    """Build a tower from a header and those tensors of its file that have these names.
+
+    BridgeError when they do not belong together, or when the digest of what was read is not the header's.
+    """
+    entries = {name: weights.layout.tensors[name] for name in names}
+    tokenizer = entries.get(TOKENIZER)
+    count = 0 if tokenizer is None else math.prod(tokenizer.shape)
+    if tokenizer is None or tokenizer.dtype != "U8" or not 0 < count <= LARGEST_TOKENIZER_BYTES:
         raise BridgeError(
             "The text tower comes without a usable tokenizer.",
-            "no tensor 'tokenizer'" if tokenizer is None else f"{tokenizer.numel()} x {tokenizer.dtype}",
-            f"tensor 'tokenizer', uint8, at most {LARGEST_TOKENIZER_BYTES} bytes",
+            "no tensor 'tokenizer'" if tokenizer is None else f"{count} x {tokenizer.dtype}",
+            f"tensor 'tokenizer', U8, at most {LARGEST_TOKENIZER_BYTES} bytes",
             "Fetch or save the file again.",
         )
 
-    # Shapes come first and from plain layers that hold no memory: a false header must not cost any.
-    shapes = encoder_shapes(header.family, header.spec)
-    expected = {PREFIX + key: shape for key, shape in shapes.items()}
-    expected[TOKENIZER] = tuple(tokenizer.shape)
-    guard.require_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _OWNER)
-    with ThreadPoolExecutor(1) as beside:  # hashing waits for nobody and lets other threads work
-        hashing = beside.submit(guard.digest, tensors)
-        encoder = create_encoder(
-            header.family,
-            header.spec,
-            tokenizer.numpy().tobytes(),
-            identity=header.identity,
-            window=header.window,
-            layer=header.layer,
-            mask_rule=header.mask_rule,
-            ops=ops,
-            device=device,
-            dtype=dtype,
-        )
-        guard.fill(encoder, tensors, PREFIX, dtype, _OWNER)
-        found = hashing.result()
-    if found != header.digest:
-        raise BridgeError(
-            "The text tower is not the one that its header was written for.",
-            f"digest {found}",
-            f"digest {header.digest}",
-            "Fetch or save the file again.",
-        )
+    text = weights[TOKENIZER]
+    # On the meta device, because a false header must not cost memory; the weights take their place as read.
+    encoder = create_encoder(
+        header.family,
+        header.spec,
+        text.numpy().tobytes(),
+        identity=header.identity,
+        window=header.window,
+        layer=header.layer,
+        mask_rule=header.mask_rule,
+        ops=ops,
+        device="meta",
+        dtype=dtype,
+    )
+    found = {name: entry.shape for name, entry in entries.items() if name != TOKENIZER}
+    if {PREFIX + key: shape for key, shape in guard.shapes_of(encoder).items()} != found:
+        # Layers of the host may come without weights, so it is plain layers that decide.
+        shapes = encoder_shapes(header.family, header.spec)
+        guard.require_shapes({PREFIX + key: shape for key, shape in shapes.items()}, found, _OWNER)
+    with guard.Hasher() as hasher:
+        hashes = weights.known != header.digest
+        seen = hasher.add if hashes else None
+        guard.fill(encoder, weights, PREFIX, dtype, _OWNER, device=device, seen=seen)
+        if hashes:
+            hasher.add(TOKENIZER, text)
+            digest = hasher.hexdigest()
+            if digest != header.digest:
+                raise BridgeError(
+                    "The text tower is not the one that its header was written for.",
+                    f"digest {digest}",
+                    f"digest {header.digest}",
+                    "Fetch or save the file again.",
+                )
     return encoder

@@ -1,28 +1,35 @@
 """The one door for weights: reads and writes safetensors files, and trusts nothing that it has not checked.
 
-The safetensors library lets some odd files through and spends a gigabyte on a header full of empty tensors,
-so the header is read here first, under our own limits. Files are written to a temporary name, flushed to the
-disk and then renamed, because older versions of the library leave torn files when the process dies.
+The safetensors library lets some odd files through, spends a gigabyte on a header full of empty tensors, and
+maps files into memory, where they may change after they were checked. So header and tensors are read here,
+under our own limits, and each tensor is checked in the memory that it is used from. Files are written to a
+temporary name, flushed to the disk and then renamed, so that none is torn when the process dies.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import mmap
 import os
 import re
 import secrets
 import struct
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..bridges.errors import BridgeError
+from .ledger import Facts, Ledger
 
 if TYPE_CHECKING:
     from _typeshed import StrPath
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
 LARGEST_HEADER_BYTES = 8 << 20
 MOST_TENSORS = 20_000
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
+LEAST_ROOM_BYTES = 8 << 20
+_OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 TEMPORARY_SUFFIX = ".language-bridge.tmp"
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -53,18 +62,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the header announces it: dtype as safetensors names it, shape."""
+    """One tensor as the header announces it: dtype as safetensors names it, shape, first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    first: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a safetensors header says, checked: the metadata and the tensors by name."""
+    """What a safetensors header says, checked: metadata, tensors by name, and the header's own SHA-256."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorEntry]
+    digest: str
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -74,20 +85,36 @@ class Layout:
 
 def read_layout(path: StrPath) -> Layout:
     """Read and check the header alone; BridgeError when the file is not a whole safetensors file."""
-    where = f"The file {Path(path).name!r} is damaged or is not a safetensors file."
+    with _opened(path) as file:
+        return _layout(file, Path(path).name)
+
+
+@contextmanager
+def _opened(path: StrPath) -> Generator[io.FileIO, None, None]:
     try:
-        with open(path, "rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            limit = min(LARGEST_HEADER_BYTES, size_bytes - 8)
-            if not 2 <= length <= limit:
-                raise BridgeError(where, f"a header of {length} bytes", f"2 to {limit} bytes", _AGAIN)
-            header = file.read(length)
+        file = io.FileIO(os.fspath(path))
     except OSError as error:
         raise BridgeError(
             f"The file {Path(path).name!r} cannot be opened.", error, "a readable file", "Check its path."
         ) from error
+    with file:
+        yield file
+
+
+def _layout(file: io.FileIO, name: str) -> Layout:
+    where = f"The file {name!r} is damaged or is not a safetensors file."
+    try:
+        size_bytes = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        limit = min(LARGEST_HEADER_BYTES, size_bytes - 8)
+        if not 2 <= length <= limit:
+            raise BridgeError(where, f"a header of {length} bytes", f"2 to {limit} bytes", _AGAIN)
+        header = file.read(length)
+        if len(header) != length:
+            raise BridgeError(where, f"{len(header)} bytes of header", f"{length} bytes", _AGAIN)
+    except OSError as error:
+        raise BridgeError(where, error, "a whole safetensors file", _AGAIN) from error
     fields = parse_json(header, where)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
@@ -100,7 +127,7 @@ def read_layout(path: StrPath) -> Layout:
     tensors: dict[str, TensorEntry] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in fields.items():
-        checked = _tensor_entry(name, entry, payload_bytes)
+        checked = _tensor_entry(name, entry, 8 + length, payload_bytes)
         if checked is None:
             raise BridgeError(
                 where, f"tensor {name!r:.80}: {entry!r:.120}", "dtype, shape and offsets that agree", _AGAIN
@@ -114,10 +141,12 @@ def read_layout(path: StrPath) -> Layout:
         end = last
     if end != payload_bytes:
         raise BridgeError(where, f"{payload_bytes} bytes of data", f"{end} bytes of data", _AGAIN)
-    return Layout(cast("dict[str, str]", metadata), tensors)
+    return Layout(cast("dict[str, str]", metadata), tensors, hashlib.sha256(start + header).hexdigest())
 
 
-def _tensor_entry(name: str, entry: object, payload_bytes: int) -> tuple[TensorEntry, tuple[int, int]] | None:
+def _tensor_entry(
+    name: str, entry: object, base: int, payload_bytes: int
+) -> tuple[TensorEntry, tuple[int, int]] | None:
     if not TENSOR_NAME.fullmatch(name) or not isinstance(entry, dict):
         return None
     fields = cast("dict[str, object]", entry)
@@ -132,7 +161,7 @@ def _tensor_entry(name: str, entry: object, payload_bytes: int) -> tuple[TensorE
         return None
     if math.prod(shape) * _DTYPES[dtype].itemsize != last - first:
         return None
-    return TensorEntry(dtype, shape), (first, last)
+    return TensorEntry(dtype, shape, base + first), (first, last)
 
 
 def _whole_numbers(value: object) -> tuple[int, ...] | None:
@@ -146,27 +175,119 @@ def _whole_numbers(value: object) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
+class Changed(Exception):
+    """A file that the ledger knows was written to while it was being read, so nothing vouches for it."""
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of one open file, each read when it is asked for, into CPU memory of its own.
+
+    A tensor with NaN or infinity is a BridgeError, unless `known` says that this file was verified before.
+    """
+
+    layout: Layout
+    known: str | None
+    """The digest that the tower in this file was found to have, "" without a tower; None: not verified."""
+
+    def __init__(self, file: io.FileIO, path: StrPath, ledger: Ledger | None) -> None:
+        self._file = file
+        self._path = path
+        self._where = f"The file {Path(path).name!r} is damaged."
+        self._ledger = ledger
+        self._facts = self._now()
+        self._at_rest = ledger is not None and ledger.at_rest(self._facts)
+        self._checked: set[str] = set()
+        self.layout = _layout(file, Path(path).name)
+        self.known = None if ledger is None else ledger.recall(self._facts, self.layout.digest)
+
+    def __len__(self) -> int:
+        return len(self.layout.tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout.tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor from the file; KeyError when there is none of that name."""
+        entry = self.layout.tensors[name]
+        return self.read(name, torch.empty(entry.shape, dtype=_DTYPES[entry.dtype]))
+
+    def read(self, name: str, tensor: Tensor) -> Tensor:
+        """Read one tensor into `tensor`, which has its size and dtype and lies in one piece on the CPU."""
+        memory, done = _view(tensor), 0
+        try:
+            self._file.seek(self.layout.tensors[name].first)
+            while done < memory.nbytes and (count := self._file.readinto(memory[done:])):
+                done += count
+        except OSError as error:
+            raise BridgeError(self._where, error, "a whole safetensors file", _AGAIN) from error
+        if done != memory.nbytes:
+            raise BridgeError(self._where, f"{done} bytes in {name!r}", f"{memory.nbytes} bytes", _AGAIN)
+        if self.known is None:
+            require_finite({name: tensor}, self._where)
+            self._checked.add(name)
+        return tensor
+
+    def bytes_of(self, name: str) -> int:
+        """How many bytes one tensor takes."""
+        entry = self.layout.tensors[name]
+        return math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+
+    def into(self, buffer: Tensor, name: str) -> Tensor:
+        """Read one tensor into the beginning of `buffer` (bytes), where it lies until the next one comes."""
+        entry = self.layout.tensors[name]
+        return self.read(name, buffer[: self.bytes_of(name)].view(_DTYPES[entry.dtype]).view(entry.shape))
+
+    def settle(self, digest: str = "") -> None:
+        """Say that all checks are passed, the last thing before the file is closed.
+
+        digest: what the tower inside was found to have. A file that was verified whole is remembered;
+        `Changed` when the file was taken on trust and is not the same any more.
+        """
+        same = self._now() == self._facts
+        if self.known is not None:
+            if not same:
+                raise Changed
+        elif self._ledger and self._at_rest and same and self._checked == set(self.layout.tensors):
+            self._ledger.remember(self._facts, self.layout.digest, digest)
+
+    def _now(self) -> Facts:
+        try:
+            return Facts.of(self._path, self._file.fileno())
+        except OSError as error:
+            raise BridgeError(self._where, error, "a readable file", _AGAIN) from error
+
+
+@contextmanager
+def open_weights(path: StrPath, ledger: Ledger | None = None) -> Generator[Weights, None, None]:
+    """Open a file whose header is checked, its tensors still to be read; BridgeError when it is damaged.
+
+    Without a ledger everything is verified.
+    """
+    with _opened(path) as file:
+        yield Weights(file, path, ledger)
+
+
 def read_tensors(path: StrPath, layout: Layout) -> dict[str, Tensor]:
     """Read every tensor of a checked file to the CPU; BridgeError when one holds NaN or infinity."""
-    from safetensors import SafetensorError, safe_open
-
-    where = f"The file {Path(path).name!r} is damaged."
-    tensors: dict[str, Tensor] = {}
-    try:
-        with cast(Any, safe_open)(path, framework="pt", device="cpu") as file:
-            for name in layout.tensors:
-                tensors[name] = cast(Tensor, file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise BridgeError(where, error, "a whole safetensors file", _AGAIN) from error
-    require_finite(tensors, where)
-    return tensors
+    with open_weights(path) as weights:
+        if weights.layout != layout:
+            raise BridgeError(
+                f"The file {Path(path).name!r} was changed while it was being read.",
+                f"header {weights.layout.digest}",
+                f"header {layout.digest}",
+                "Try again.",
+            )
+        return dict(weights)
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise BridgeError naming the first tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _all_finite(tensor):
-            count = int((~torch.isfinite(tensor)).sum())
+            count = int((~torch.isfinite(tensor.to(wide(tensor.dtype)))).sum())
             raise BridgeError(
                 what,
                 f"{count} of {tensor.numel()} numbers in {name!r} are not finite ({str(tensor.dtype)[6:]})",
@@ -176,9 +297,12 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # NaN and infinity show in the extremes, which cost far less to find than a verdict on every number.
-    tensor = tensor.to(wide(tensor.dtype) or tensor.dtype)  # extremes of 8-bit numbers are not to be had
-    return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())
+    # NaN and infinity never leave a sum again, and show in the extremes; both cost far less than a verdict on
+    # every number. A sum of finite numbers may itself leave the range, so it can only acquit.
+    tensor = tensor.to(wide(tensor.dtype) or tensor.dtype)  # neither is to be had of 8-bit numbers
+    if not tensor.numel() or math.isfinite(float(tensor.sum())):
+        return True
+    return all(math.isfinite(float(end)) for end in tensor.aminmax())
 
 
 def require_shapes(expected: Shapes, found: Shapes, owner: str) -> None:
@@ -220,33 +344,95 @@ def wide(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def fill(
-    module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None, owner: str
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    dtype: torch.dtype | None,
+    owner: str,
+    *,
+    device: torch.device | str | None = None,
+    seen: Callable[[str, Tensor], None] | None = None,
 ) -> None:
-    """Load the tensors under `prefix` into `module` in `dtype` (None = float32); BridgeError when one is odd.
+    """Give `module` the tensors under `prefix` in `dtype` (None = float32); BridgeError when one is odd.
 
-    With a dtype of 8 bits each weight takes the dtype that its layer was made in. Call `require_shapes`
-    first. The cast happens here because host layers may adopt tensors as they come.
+    Call `require_shapes` first. Tensors are taken one after the other in the order of their names, `seen` is
+    told of each as it came, and the module never shares memory with `tensors`. A weight that the module has
+    already made keeps the dtype and the device that it was made with; on the meta device it goes to `device`.
     """
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    for name, tensor in found.items():
-        if not tensor.is_floating_point():
+    made = cast("dict[str, Tensor]", module.state_dict())
+    names = sorted(name for name in tensors if name.startswith(prefix))
+    file = tensors if isinstance(tensors, Weights) else None
+    targets: dict[str, torch.dtype] = {}
+    for name in names:
+        stored_as = tensors[name].dtype if file is None else _DTYPES[file.layout.tensors[name].dtype]
+        if not stored_as.is_floating_point:
             raise BridgeError(
                 f"The weights of the {owner} are of an odd type.",
-                f"{name!r} of {str(tensor.dtype)[6:]}",
+                f"{name!r} of {str(stored_as)[6:]}",
                 "float16, bfloat16, float32 or float64",
                 _AGAIN,
             )
-    made = cast("dict[str, Tensor]", module.state_dict()) if wide(dtype) != dtype else {}
-    weights = {
-        name: tensor.to(made[name[len(prefix) :]].dtype if made else dtype or torch.float32)
-        for name, tensor in found.items()
-    }
-    # What `read_tensors` has checked can only leave the range when it becomes smaller.
-    narrowed = {name: value for name, value in weights.items() if value.dtype != found[name].dtype}
-    require_finite(narrowed, f"The weights of the {owner} cannot be used.")
-    module.load_state_dict({name[len(prefix) :]: tensor for name, tensor in weights.items()}, strict=True)
-    empty = [key for key, value in cast("dict[str, Tensor]", module.state_dict()).items() if value.is_meta]
+        own = made.get(name[len(prefix) :])
+        targets[name] = _unmade_dtype(module, name[len(prefix) :], dtype) if own is None else own.dtype
+    entries = {} if file is None else {name: file.layout.tensors[name] for name in names}
+    entries = {name: entry for name, entry in entries.items() if _DTYPES[entry.dtype] == targets[name]}
+    room = _Room(entries.values())
+    cast_bytes = [] if file is None else [file.bytes_of(name) for name in names if name not in entries]
+    # One buffer for all that is cast, unless somebody looks at a tensor after the next one has come.
+    buffer = None if seen is not None else torch.empty(max(cast_bytes, default=0), dtype=torch.uint8)
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        key, target = name[len(prefix) :], targets[name]
+        if file is not None and name in entries:
+            weight = tensor = file.read(name, room.take(entries[name]))
+        else:
+            tensor = tensors[name] if file is None or buffer is None else file.into(buffer, name)
+            weight = tensor.to("cpu", target, copy=True)
+        if seen is not None:
+            seen(name, tensor)
+        # What is finite in the file can only leave the range when the range becomes smaller.
+        if torch.finfo(target).max < torch.finfo(tensor.dtype).max:
+            require_finite({name: weight}, f"The weights of the {owner} cannot be used.")
+        own = made.get(key)
+        weights[key] = weight.to(device or "cpu" if own is None or own.is_meta else own.device)
+    module.load_state_dict(weights, strict=True, assign=True)
+    empty = [key for key, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     assert not empty, empty
+
+
+class _Room:
+    """Memory for tensors of a file: one mapping, each as far from the start of a page as it is in the file.
+
+    A page of the file then fills one page of memory; where it straddles two, the system copies a fifth more
+    slowly. Tensors share no page, because the host pins weights by the page. The mapping goes when the last
+    of them goes; few weights have none.
+    """
+
+    def __init__(self, entries: Iterable[TensorEntry]) -> None:
+        size_bytes = sum(self._pages(entry) for entry in entries)
+        self._memory = mmap.mmap(-1, size_bytes, **_OWN) if _OWN and size_bytes >= LEAST_ROOM_BYTES else None
+        self._end = 0
+
+    @staticmethod
+    def _pages(entry: TensorEntry) -> int:
+        whole = entry.first % mmap.PAGESIZE + math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+        return -(-whole // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def take(self, entry: TensorEntry) -> Tensor:
+        """A tensor whose numbers are yet to be read."""
+        dtype, begin = _DTYPES[entry.dtype], self._end + entry.first % mmap.PAGESIZE
+        count = math.prod(entry.shape) * dtype.itemsize
+        if self._memory is None or not count or begin % dtype.itemsize:
+            return torch.empty(entry.shape, dtype=dtype)
+        self._end += self._pages(entry)
+        memory = torch.frombuffer(self._memory, dtype=torch.uint8, count=count, offset=begin)
+        return memory.view(dtype).view(entry.shape)
+
+
+def _unmade_dtype(module: nn.Module, key: str, dtype: torch.dtype | None) -> torch.dtype:
+    # Layers of the host may come without weights until they are filled. Only linear ones are kept in 8 bits.
+    linear = isinstance(module.get_submodule(key.rpartition(".")[0]), nn.Linear)
+    return (dtype if linear else wide(dtype)) or torch.float32
 
 
 def stored(module: nn.Module, prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -322,9 +508,46 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) over name, dtype, shape and bytes of each tensor, in the order of their names."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}\0{_NAMES[tensor.dtype]}\0{list(tensor.shape)}\0".encode("ascii"))
-        total.update(_view(tensor))
+        _hash(total.update, name, tensor)
     return total.hexdigest()
+
+
+def _hash(update: Callable[[bytes | memoryview], None], name: str, tensor: Tensor) -> None:
+    update(f"{name}\0{_NAMES[tensor.dtype]}\0{list(tensor.shape)}\0".encode("ascii"))
+    update(_view(tensor))
+
+
+class Hasher:
+    """Takes the `digest` of tensors that come one by one, in a thread beside the reading of the next one.
+
+    At most two wait, so that hashing never holds a whole file in memory. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+        self._last = ""
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Hasher:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._thread.shutdown()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take the next tensor, which must not change from now on; names come in their order."""
+        assert name > self._last, (name, self._last)
+        self._last = name
+        while len(self._waiting) > 1:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(_hash, self._total.update, name, tensor))
+
+    def hexdigest(self) -> str:
+        """The digest of all that came."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._total.hexdigest()
 
 
 def parse_json(text: bytes | str, what: str) -> dict[str, object]:

@@ -52,7 +52,7 @@ def _open(tokenizer_json: bytes) -> tuple[Tokenizer, int]:
     try:
         tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
         count = tokenizer.get_vocab_size()
-        # As many ids without a gap as there are tokens: none is larger. A whole dictionary costs twice as much.
+        # As many ids without a gap as there are tokens: none is larger. A whole dictionary costs twice that.
         if count and None not in map(tokenizer.id_to_token, range(count)):
             largest = count - 1
         else:

@@ -21,11 +21,12 @@ from ..encoders import guard
 from ..encoders.base import Encoder
 from ..encoders.file import load_encoder, read_encoder_header
 from ..prompt import MODES
-from . import folders
+from . import carried, folders
 from .base import NAMES, Base, base_of
 from .borrowed import FAMILY, BorrowedEncoder, BorrowedTower, borrow, refuse
 from .cache import EMBEDDINGS
 from .clip import BridgedClip, Speech
+from .pseudo import CLIP_INPUT, SAYS
 from .tower import NativeTower, tower_dtype
 from .unet import DELTA, REPLACE, UnetPart, add_to, has_addition, part_shapes
 
@@ -77,7 +78,9 @@ def bridge(
             "the checkpoint's own MODEL",
             "Use one Language Bridge node for each checkpoint: remove one of the two.",
         )
-    bridged = BridgedClip.over(clip, Speech(native, route, strength, base, name, marks=adds))
+    inside = header.training.get(SAYS) == CLIP_INPUT
+    speech = Speech(native, route, strength, base, name, marks=adds, inside=inside)
+    bridged = BridgedClip.over(clip, speech, carried.carried_by(model, clip.patcher))
     return (add_to(model, native, part, name) if adds else model), bridged
 
 
@@ -95,17 +98,17 @@ def _open(
     template: tuple[str, str],
 ) -> tuple[NativeTower, UnetPart | None]:
     """Tower and U-Net part of a bridge; those of a graph that is still alive are shared, not read again."""
-    ops, dtype = comfy.ops.manual_cast, tower_dtype()
+    ops, dtype, ledger = comfy.ops.manual_cast, tower_dtype(), folders.ledger()
     tower = None if lent else TOWERS.get((digest, dtype))
     part = PARTS.get((digest, unet_dtype))
     header = folders.bridge_header(files[0])
     if tower is not None and (part is not None or header.unet == "none"):
         return tower, part
-    loaded = load_bridge(files[0], ops=ops, dtype=dtype)
+    loaded = load_bridge(files[0], ops=ops, dtype=dtype, ledger=ledger)
     if lent is not None:
         tower = BorrowedTower(lent, loaded.bridge, digest, template)
     if tower is None:
-        encoder = loaded.encoder or load_encoder(files[-1], ops=ops, dtype=dtype)
+        encoder = loaded.encoder or load_encoder(files[-1], ops=ops, dtype=dtype, ledger=ledger)
         _check_width(encoder, loaded.bridge, name)
         TOWERS[digest, dtype] = tower = NativeTower(encoder, loaded.bridge, digest, template)
     if loaded.unet and part is None:
@@ -155,6 +158,16 @@ def _check(header: BridgeHeader, base: Base, name: str) -> None:
             f"text rows of width {base.context} and pooled width {base.pooled}, as {NAMES[base.name]} reads",
             "Fetch or save the bridge again; its header does not fit its base.",
         )
+    if header.training.get(SAYS) == CLIP_INPUT:
+        tokenwise = kind_class(header.kind).tokenwise
+        if len(base.keys) != 1 or pooled or not tokenwise or header.unet != "none":
+            raise BridgeError(
+                f"The bridge {name} cannot speak to the text model of this checkpoint.",
+                f"a bridge of kind {header.kind!r}, U-Net part {header.unet!r}, pooled width {pooled}, "
+                f"that says input embeddings, and {len(base.keys)} text model(s)",
+                "one row for each token, no U-Net part, no pooled vector, and one text model",
+                "Use a bridge that says rows for the U-Net.",
+            )
 
 
 def _check_unet(header: BridgeHeader, shapes: Mapping[str, tuple[int, ...]], model: Any, name: str) -> None:

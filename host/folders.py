@@ -14,9 +14,12 @@ import folder_paths
 from ..bridges.errors import BridgeError
 from ..bridges.file import BridgeHeader, EncoderRef, read_header
 from ..encoders.file import EncoderHeader, read_encoder_header
+from ..encoders.ledger import Ledger
 
 FOLDER = "language_bridges"
 SUFFIX = ".safetensors"
+OWN_FOLDER = "language_bridge"
+LEDGER = "verified.json"
 _ASSETS = Path(__file__).parent.parent / "pocket" / "assets"
 
 
@@ -126,6 +129,16 @@ def towers() -> Iterator[tuple[Path, EncoderHeader]]:
                     continue
                 if header is not None:
                     yield path, header
+
+
+def ledger() -> Ledger:
+    """What was verified on this machine: in the host's user directory, where no HTTP request reaches."""
+    return _ledger(os.path.join(folder_paths.get_system_user_directory(OWN_FOLDER), LEDGER))
+
+
+@lru_cache(maxsize=4)
+def _ledger(path: str) -> Ledger:
+    return Ledger(path)
 
 
 def _bridge_roots() -> list[str]:

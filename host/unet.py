@@ -130,7 +130,8 @@ class Addition:
         if self.part is None or counts is None or c_crossattn is None or not bool(counts[:, 0].any()):
             return executor(*call, **options)
         native = _native(counts.cpu(), c_crossattn.shape[1])
-        with _standing_in(executor.class_obj.diffusion_model, self.part, native, self.name):
+        text = _Text(c_crossattn, native, self.name)
+        with _standing_in(executor.class_obj.diffusion_model, self.part, text):
             return executor(*call, **options)
 
     def _rows(self, entry: Mapping[str, Any]) -> tuple[int, int]:
@@ -218,20 +219,62 @@ def _native(counts: Tensor, length: int) -> Tensor:
     return (torch.arange(length, device=counts.device)[None] % rows) < native
 
 
+class _Text:
+    """The text rows of one call of the U-Net, [B, N, C], and which of them are `native` [B, N] bool."""
+
+    def __init__(self, rows: Tensor, native: Tensor, bridge: str) -> None:
+        self.native = native
+        self.bridge = bridge
+        self._rows = rows
+        # Kept, so that no other text can come to lie at the address of one of them.
+        self._known: dict[tuple[int, torch.Size], Tensor] = {}
+        self._places: dict[int, Tensor] = {}
+
+    def places(self, text: Tensor) -> Tensor:
+        """Where native rows are in the flattened `text` [B, M, C], M >= N: others may put rows behind it.
+
+        BridgeError when it is not this text: other packs let the projections read texts of their own.
+        """
+        length = text.shape[1]
+        if text.shape[0] != len(self.native) or length < self.native.shape[1]:
+            raise self.rearranged(text)
+        # One comparison for each text and not for each layer, because it makes the device wait.
+        key = (text.data_ptr(), text.shape)
+        if key not in self._known:
+            if not torch.equal(text[:, : self.native.shape[1]], self._rows.to(text)):
+                raise self.rearranged(text)
+            self._known[key] = text
+        if length not in self._places:
+            longer = torch.nn.functional.pad(self.native, (0, length - self.native.shape[1]))
+            self._places[length] = longer.flatten().nonzero()[:, 0].to(text.device)
+        return self._places[length]
+
+    def rearranged(self, found: Tensor) -> BridgeError:
+        """What to say of rows that are not these."""
+        return BridgeError(
+            f"The bridge {self.bridge} cannot tell any more which text rows are native.",
+            f"text rows {list(found.shape[:2])} in the cross-attention of the U-Net, or other text",
+            f"{list(self.native.shape)}, as they were encoded, or more rows behind them",
+            "Take away the node that rearranges the text inside the U-Net, "
+            "or use a bridge without a U-Net part.",
+        )
+
+
 @contextmanager
-def _standing_in(unet: torch.nn.Module, part: UnetPart, native: Tensor, bridge: str) -> Iterator[None]:
-    """While inside, the part's projections in `unet` answer for the rows that are `native` [B, N] bool."""
+def _standing_in(unet: torch.nn.Module, part: UnetPart, text: _Text) -> Iterator[None]:
+    """While inside, the part's projections in `unet` answer for the native rows of `text`."""
     # Places are found on the CPU, so that the device is not waited for.
     before: list[tuple[torch.nn.Module, Any]] = []
-    entries = native.any(1).nonzero()[:, 0]
+    entries = text.native.any(1).nonzero()[:, 0]
     try:
         for name, layer in zip(part.names, part.layers, strict=True):
             module = unet.get_submodule(name)
             before.append((module, module.__dict__.get("forward")))
-            by_row = name.endswith(BY_ROW)
-            module.forward = (_rowwise if by_row else _entrywise)(
-                module.forward, part, layer, native if by_row else entries, len(native), bridge
-            )
+            own = module.forward
+            if name.endswith(BY_ROW):
+                module.forward = _rowwise(own, part, layer, text)
+            else:
+                module.forward = _entrywise(own, part, layer, text, entries)
         yield
     finally:
         for module, forward in before:
@@ -242,52 +285,26 @@ def _standing_in(unet: torch.nn.Module, part: UnetPart, native: Tensor, bridge: 
 
 
 def _rowwise(
-    own: Callable[..., Tensor],
-    part: UnetPart,
-    layer: torch.nn.Module,
-    native: Tensor,
-    batch: int,
-    bridge: str,
+    own: Callable[..., Tensor], part: UnetPart, layer: torch.nn.Module, text: _Text
 ) -> Callable[..., Tensor]:
-    places: dict[int, Tensor] = {}
-
-    def forward(text: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        """text [B, N, C] to keys or values [B, N, W]; rows that others put behind the text stay their own."""
-        length = text.shape[1]
-        if text.shape[0] != batch or length < native.shape[1]:
-            raise _rearranged(bridge, text, (batch, native.shape[1]))
-        if length not in places:
-            longer = torch.nn.functional.pad(native, (0, length - native.shape[1]))
-            places[length] = longer.flatten().nonzero()[:, 0].to(text.device)
-        said = own(text, *arguments, **options)
-        mixed = part.mix(said.flatten(0, 1), text.flatten(0, 1), layer, places[length])
+    def forward(rows: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """rows [B, N, C] to keys or values [B, N, W]; rows that others put behind the text stay their own."""
+        places = text.places(rows)
+        said = own(rows, *arguments, **options)
+        mixed = part.mix(said.flatten(0, 1), rows.flatten(0, 1), layer, places)
         return mixed.view(said.shape)
 
     return forward
 
 
 def _entrywise(
-    own: Callable[..., Tensor],
-    part: UnetPart,
-    layer: torch.nn.Module,
-    entries: Tensor,
-    batch: int,
-    bridge: str,
+    own: Callable[..., Tensor], part: UnetPart, layer: torch.nn.Module, text: _Text, entries: Tensor
 ) -> Callable[..., Tensor]:
     def forward(picture: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """picture [B, P, V] to [B, P, W]; an entry with native rows goes over the bridge's weights."""
-        if picture.shape[0] != batch:
-            raise _rearranged(bridge, picture, (batch, picture.shape[1]))
+        if picture.shape[0] != len(text.native):
+            raise text.rearranged(picture)
         said = own(picture, *arguments, **options)
         return part.mix(said, picture, layer, entries.to(picture.device))
 
     return forward
-
-
-def _rearranged(bridge: str, found: Tensor, expected: tuple[int, int]) -> BridgeError:
-    return BridgeError(
-        f"The bridge {bridge} cannot tell any more which text rows are native.",
-        f"text rows {list(found.shape[:2])} in the cross-attention of the U-Net",
-        f"{list(expected)}, as they were encoded, or more rows behind them",
-        "Take away the node that rearranges the text inside the U-Net, or use a bridge without a U-Net part.",
-    )

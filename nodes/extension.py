@@ -7,14 +7,20 @@ from comfy_api.latest import ComfyExtension, io
 from ..host import folders
 from .checkpoint import BridgeCheckpoint
 from .convert import Convert
+from .inspector import PromptInspector
 from .language_bridge import LanguageBridge
+from .lora_report import LoraReport
 from .pocket_checkpoint import PocketCheckpoint
+from .streams import Streams
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     LanguageBridge,
     PocketCheckpoint,
     Convert,
     BridgeCheckpoint,
+    PromptInspector,
+    Streams,
+    LoraReport,
 )
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""
 

@@ -84,9 +84,19 @@ def describe(
     return Caption("", tuple(wanted), said(scene.ground))
 
 
-def word(caption: Caption, language: str, rng: np.random.Generator, style: Style | None = None) -> Caption:
-    """Puts what a caption asks for into words of one language."""
+def word(
+    caption: Caption,
+    language: str,
+    rng: np.random.Generator,
+    style: Style | None = None,
+    shapes: Mapping[str, str] | None = None,
+) -> Caption:
+    """Puts what a caption asks for into words of one language.
+
+    shapes: names for shapes that the grammar has no word for.
+    """
     style = style or Style()
+    named = shapes or {}
     rules = grammar()[language]
 
     def pick(choices: Mapping[str, Sequence[str]], which: str) -> str:
@@ -97,10 +107,10 @@ def word(caption: Caption, language: str, rng: np.random.Generator, style: Style
         return None if value is None else pick(rules[slot][value], style.words)
 
     parts = [
-        _fill(
+        fill(
             pick(rules["one"], style.patterns),
             {
-                "shape": name("shape", wanted.shape),
+                "shape": named.get(wanted.shape) or name("shape", wanted.shape),
                 "colour": name("colour", wanted.colour),
                 "size": name("size", wanted.size),
                 "place": name("place", wanted.place),
@@ -109,7 +119,7 @@ def word(caption: Caption, language: str, rng: np.random.Generator, style: Style
         for wanted in caption.wanted
     ]
     things = parts[0] if len(parts) == 1 else pick(rules["join"], style.patterns).join(parts)
-    text = _fill(
+    text = fill(
         pick(rules["all"], style.patterns), {"things": things, "ground": name("ground", caption.ground)}
     )
     return replace(caption, text=text.strip())
@@ -194,7 +204,7 @@ def scene_of(caption: Caption, rng: np.random.Generator) -> Scene:
     return Scene(tuple(things), some(caption.ground, list(GROUNDS)))
 
 
-def _fill(pattern: str, values: Mapping[str, str | None]) -> str:
+def fill(pattern: str, values: Mapping[str, str | None]) -> str:
     """Fills {slot}s; a [bracketed part] whose slot has no value is left out."""
 
     def optional(match: re.Match[str]) -> str:

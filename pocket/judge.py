@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .captions import Caption, Wanted
-from .painter import COLOURS, GROUNDS, PLACES, SHAPES, SIZES
+from .painter import COLOURS, GROUNDS, NEW_SHAPES, PLACES, SHAPES, SIZES
 
 ATTRIBUTES = ("shape", "colour", "size", "position", "ground", "count")
 FILE = Path(__file__).parent / "assets" / "pocket-judge.safetensors"
+NEW_FILE = FILE.with_name("pocket-judge-new.safetensors")
+"""The same network, trained once more with `NEW_SHAPES` among the shapes; for what a LoRA draws."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class Reading:
 class Judge(torch.nn.Module):
     """A small convolutional network over the four corners of a picture, plus the median for the ground.
 
-    Each 32x32 corner gets logits for emptiness and shape (1 + 6), colour (8) and size (2).
+    Each 32x32 corner gets logits for emptiness and shape (1 + S), colour (8) and size (2).
     """
 
-    def __init__(self, width: int = 24, ops: Any = torch.nn) -> None:
+    def __init__(self, width: int = 24, shapes: Sequence[str] = SHAPES, ops: Any = torch.nn) -> None:
         super().__init__()
         self.width = width
+        self.shapes = tuple(shapes)
         self.body = torch.nn.Sequential(
             ops.Conv2d(3, width, 3, padding=1),
             torch.nn.ReLU(),
@@ -60,12 +63,12 @@ class Judge(torch.nn.Module):
             torch.nn.ReLU(),
             torch.nn.Flatten(),
         )
-        self.head = ops.Linear(4 * width * 16, 1 + len(SHAPES) + len(COLOURS) + len(SIZES))
+        self.head = ops.Linear(4 * width * 16, 1 + len(self.shapes) + len(COLOURS) + len(SIZES))
 
     def forward(self, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Corners [N, 3, 32, 32] in 0..1 to logits: empty or shape [N, 7], colour [N, 8], size [N, 2]."""
+        """Corners [N, 3, 32, 32] in 0..1 to logits: empty or shape [N, 1 + S], colour [N, 8], size [N, 2]."""
         logits = self.head(self.body(corners - 0.5))
-        shape, colour, size = logits.split([1 + len(SHAPES), len(COLOURS), len(SIZES)], dim=1)
+        shape, colour, size = logits.split([1 + len(self.shapes), len(COLOURS), len(SIZES)], dim=1)
         return shape, colour, size
 
     @torch.no_grad()
@@ -83,7 +86,7 @@ class Judge(torch.nn.Module):
         for index in range(images.shape[0]):
             things = tuple(
                 Seen(
-                    SHAPES[int(kinds[index, cell]) - 1],
+                    self.shapes[int(kinds[index, cell]) - 1],
                     list(COLOURS)[int(colours[index, cell])],
                     SIZES[int(sizes[index, cell])],
                     PLACES[cell],
@@ -106,11 +109,13 @@ def corners_of(images: Tensor) -> Tensor:
 
 
 def load(path: Path = FILE) -> Judge:
-    """The shipped judge."""
+    """A shipped judge; whether it knows the new shapes shows in its size."""
     from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     state = load_file(str(path))
-    judge = Judge(width=int(state["body.0.weight"].shape[0]))
+    known = state["head.bias"].shape[0] - 1 - len(COLOURS) - len(SIZES)
+    every = (*SHAPES, *NEW_SHAPES)
+    judge = Judge(width=int(state["body.0.weight"].shape[0]), shapes=every[:known])
     judge.load_state_dict({key: value.float() for key, value in state.items()})
     return judge.eval()
 

@@ -22,6 +22,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "pink": (0.98, 0.60, 0.76),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+NEW_SHAPES = ("bowl",)
+"""Shapes that only a LoRA learns: no text encoder, U-Net or bridge of the pocket world has met them."""
 SIZES = ("small", "large")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 GROUNDS: dict[str, float] = {"light": 0.86, "middle": 0.55, "dark": 0.24}
@@ -38,12 +40,14 @@ HELD_OUT_PAIRS: tuple[tuple[str, str], ...] = (
 )
 """Colour and shape pairs that no Chinese encoder and no bridge sees in training."""
 
-_RADIUS = {"small": 7.0, "large": 12.5}
+RADIUS = {"small": 7.0, "large": 12.5}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene, in the English names of `COLOURS`, `SHAPES`, `SIZES` and `PLACES`."""
+    """One object of a scene, in the English names of `COLOURS`, `SHAPES` (or `NEW_SHAPES`), `SIZES` and
+    `PLACES`.
+    """
 
     shape: str
     colour: str
@@ -95,11 +99,9 @@ def paint(scene: Scene, rng: np.random.Generator | None = None) -> npt.NDArray[n
     for thing in scene.things:
         across = 48.0 if "right" in thing.place else 16.0
         down = 48.0 if "bottom" in thing.place else 16.0
-        cover = _cover(
-            thing.shape, across + jitter(1.5), down + jitter(1.5), _RADIUS[thing.size] + jitter(0.7)
-        )
+        shape = cover(thing.shape, across + jitter(1.5), down + jitter(1.5), RADIUS[thing.size] + jitter(0.7))
         ink = np.array(COLOURS[thing.colour], dtype=np.float32) + np.float32(jitter(0.03))
-        picture = picture * (1.0 - cover[..., None]) + ink * cover[..., None]
+        picture = picture * (1.0 - shape[..., None]) + ink * shape[..., None]
     return np.minimum(np.maximum(picture, 0.0), 1.0).astype(np.float32)
 
 
@@ -111,8 +113,11 @@ def paint_many(scenes: Sequence[Scene], rng: np.random.Generator | None = None) 
 _GRID_Y, _GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
 
-def _cover(shape: str, across: float, down: float, radius: float) -> npt.NDArray[np.float32]:
-    """Share of each pixel that the shape covers, from its signed distance: [SIDE, SIDE] in 0..1."""
+def cover(shape: str, across: float, down: float, radius: float) -> npt.NDArray[np.float32]:
+    """Share of each pixel that a shape covers, from its signed distance: [SIDE, SIDE] in 0..1.
+
+    across, down: its middle, radius: its size, all in pixels. ValueError on an unknown shape.
+    """
     x, y = _GRID_X - across, _GRID_Y - down
     if shape == "circle":
         distance = np.hypot(x, y) - radius
@@ -129,8 +134,11 @@ def _cover(shape: str, across: float, down: float, radius: float) -> npt.NDArray
         distance = _polygon(x, y, radius * 1.12, 3, 1.0)
     elif shape == "star":
         distance = _polygon(x, y, radius * 1.12, 5, 0.42)
+    elif shape == "bowl":  # the lower half of a circle
+        rim = y + radius * 0.4
+        distance = np.maximum(np.hypot(x, rim) - radius, -rim)
     else:
-        raise ValueError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
+        raise ValueError(f"no shape is called {shape!r}; there are {', '.join((*SHAPES, *NEW_SHAPES))}")
     return np.minimum(np.maximum(0.5 - distance, 0.0), 1.0).astype(np.float32)
 
 

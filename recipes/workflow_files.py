@@ -14,6 +14,8 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "CheckpointLoaderSimple": ([], [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")]),
     "LanguageBridgePocketCheckpoint": ([], [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")]),
     "LanguageBridge": ([("model", "MODEL"), ("clip", "CLIP")], [("MODEL", "MODEL"), ("CLIP", "CLIP")]),
+    "LanguageBridgeStreams": ([("clip", "CLIP")], [("CLIP", "CLIP")]),
+    "LanguageBridgeInspector": ([("clip", "CLIP")], [("report", "STRING"), ("text", "STRING")]),
     "CLIPTextEncode": ([("clip", "CLIP")], [("CONDITIONING", "CONDITIONING")]),
     "EmptyLatentImage": ([], [("LATENT", "LATENT")]),
     "KSampler": (
@@ -41,14 +43,23 @@ PLACES: dict[str, tuple[int, int, int, int]] = {
     "decode": (1590, 60, 200, 50),
     "enlarge": (1820, 60, 300, 90),
     "save": (1590, 200, 530, 360),
+    "streams": (400, 330, 330, 230),
+    "inspector": (770, 600, 780, 420),
 }
 """Left, top, width and height of each node by its title."""
 
 
 def graph(
-    checkpoint: dict[str, Any], bridge: str, text: dict[str, str], picture: dict[str, Any]
+    checkpoint: dict[str, Any],
+    bridge: str,
+    text: dict[str, str],
+    picture: dict[str, Any],
+    streams: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One text-to-image graph in the API form, with the bridge behind the checkpoint loader."""
+    """One text-to-image graph in the API form, with the bridge behind the checkpoint loader.
+
+    streams: inputs of Language Bridge Streams for the positive prompt; a Prompt Inspector stands beside it.
+    """
     sampler = {
         "seed": 1,
         "steps": 15,
@@ -87,6 +98,12 @@ def graph(
         nodes.append(("enlarge", "ImageScaleBy", enlarge))
     save = {"images": [str(len(nodes)), 0], "filename_prefix": picture["prefix"]}
     nodes.append(("save", "SaveImage", save))
+    if streams is not None:
+        nodes.append(("streams", "LanguageBridgeStreams", {"clip": ["2", 1], **streams}))
+        clip = [str(len(nodes)), 0]
+        nodes[2][2]["clip"] = clip
+        inspector = {"clip": clip, "text": text["positive"], "language": "auto"}
+        nodes.append(("inspector", "LanguageBridgeInspector", inspector))
     return {
         str(number): {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
         for number, (title, kind, inputs) in enumerate(nodes, start=1)
@@ -103,6 +120,7 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
             source, output = node["inputs"][name]
             links.append([len(links) + 1, int(source), output, int(target), slot, kind])
             outgoing.setdefault((source, output), []).append(len(links))
+    titles = {node["_meta"]["title"] for node in api.values()}
     for order, (number, node) in enumerate(api.items()):
         inputs, outputs = SOCKETS[node["class_type"]]
         left, top, width, height = PLACES[node["_meta"]["title"]]
@@ -139,7 +157,7 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
         {
             "id": len(api) + 1,
             "type": "MarkdownNote",
-            "pos": [40, 320],
+            "pos": [40, 320 if "streams" not in titles else 600],
             "size": [690, 230],
             "flags": {},
             "order": len(api),
@@ -167,7 +185,9 @@ def main() -> None:
         Path(__file__).with_name("workflow_texts.json").read_text(encoding="utf-8")
     )
     for name, entry in texts.items():
-        api = graph(entry["checkpoint"], entry["bridge"], entry["text"], entry["picture"])
+        api = graph(
+            entry["checkpoint"], entry["bridge"], entry["text"], entry["picture"], entry.get("streams")
+        )
         write(FOLDER / "api" / f"{name}.json", api)
         write(FOLDER / f"{name}.json", for_page(api, entry["note"]))
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from language_bridge.bridges.file import (
 from language_bridge.encoders import guard
 from language_bridge.encoders.bert import Bert, BertSpec, bert_tokenizer
 from language_bridge.encoders.file import save_encoder
+from language_bridge.encoders.ledger import REST_NS, Ledger
 from language_bridge.tests.bridges.toys import MarkedOps, toy_bridge, toy_header, toy_hidden
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u7ea2", "\u732b", "a", "##b"]
@@ -351,6 +353,66 @@ def test_a_loaded_bridge_outlives_its_file(bridge_file: Path) -> None:
     before = loaded.bridge(toy_hidden(1, 4)).context
     bridge_file.write_bytes(b"\0" * bridge_file.stat().st_size)
     assert torch.equal(loaded.bridge(toy_hidden(1, 4)).context, before)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """A ledger for which every file has been at rest for long."""
+    return Ledger(tmp_path / "user" / "verified.json", clock=lambda: time.time_ns() + 2 * REST_NS)
+
+
+def whole_bridge(path: Path) -> Path:
+    """A file with all that may be in one: a bridge, its tower, a U-Net part."""
+    bridge = toy_bridge("mlp")
+    unet = {"x.to_k.weight": torch.randn(4, 8), "x.to_v.weight": torch.randn(4, 8)}
+    save_bridge(path, toy_header(bridge, unet="kv"), bridge, toy_tower(), unet=unet)
+    return path
+
+
+def everything(path: Path, ledger: Ledger | None = None) -> dict[str, torch.Tensor]:
+    """Every weight that a file gives, by its name in the file."""
+    loaded = load_bridge(path, ledger=ledger)
+    assert loaded.encoder is not None
+    parts = {"bridge.": loaded.bridge.state_dict(), "encoder.": loaded.encoder.state_dict()}
+    parts["unet."] = dict(loaded.unet)
+    return {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
+
+
+def test_a_verified_bridge_file_is_taken_as_it_is(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = whole_bridge(tmp_path / "toy")
+    first = everything(path, ledger)
+
+    def search(tensors: dict[str, torch.Tensor], what: str) -> None:
+        raise AssertionError(f"searched {list(tensors)}")
+
+    monkeypatch.setattr(guard, "require_finite", search)
+    monkeypatch.setattr(guard, "_hash", search)
+    again = everything(path, ledger)
+    assert list(first) == list(again) and all(torch.equal(first[key], again[key]) for key in first)
+    with pytest.raises(AssertionError, match="searched"):
+        everything(path)
+
+
+@pytest.mark.parametrize("part", ["bridge.", "encoder.", "unet."])
+@pytest.mark.parametrize("number", [torch.nan, 3.0])
+def test_a_bridge_file_that_was_written_to_is_verified_again(
+    part: str, number: float, tmp_path: Path, ledger: Ledger
+) -> None:
+    path = whole_bridge(tmp_path / "toy")
+    first = everything(path, ledger)
+    name, entry = next((n, e) for n, e in guard.read_layout(path).tensors.items() if n.startswith(part))
+    time.sleep(0.05)  # longer than a tick of the file system's clock
+    with open(path, "r+b") as file:
+        file.seek(entry.first)
+        file.write(struct.pack("<f", number))
+    if number == 3.0 and part != "encoder.":  # without a digest, another finite number is another bridge
+        assert not torch.equal(everything(path, ledger)[name], first[name])
+        return
+    for _ in range(2):
+        with pytest.raises(BridgeError, match="not finite" if number != 3.0 else "digest"):
+            everything(path, ledger)
 
 
 def test_header_values_compare_and_default() -> None:

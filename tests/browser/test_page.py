@@ -78,3 +78,28 @@ def test_a_chinese_user_reads_chinese(page: Page, server: Server) -> None:
     expected = server.ask("/i18n")["zh"]["nodeDefs"]["LanguageBridge"]
     assert names[0] == expected["display_name"]
     assert names[1] == expected["inputs"]["bridge"]["name"]
+
+
+def test_the_inspector_shows_its_report_in_the_node(page: Page, server: Server, tmp_path: Path) -> None:
+    open_workflow(page, server)
+    page.evaluate(
+        "(() => { const node = LiteGraph.createNode('LanguageBridgeInspector'); window.app.graph.add(node);"
+        + NODE.format("LanguageBridge")
+        + ".connect(1, node, 0); node.pos = [400, 640];"
+        " const set = (name, value) => { node.widgets.find(widget => widget.name === name).value = value; };"
+        " set('text', '\uff08\u7ea2\u8272\uff1a1.2\uff09, zorb');"
+        " set('language', 'English'); })()"
+    )
+    box = (
+        NODE.format("LanguageBridgeInspector")
+        + ".widgets.find(widget => widget.name === 'language_bridge_report')"
+    )
+    page.evaluate("window.app.queuePrompt(0, 1)")
+    report = page.wait_for(f"{box}?.value", "the report in the node")
+    assert "native" in report and "zorb" in report and "\uff08 \u2192 (" in report
+    prompt = page.evaluate("window.app.graphToPrompt().then(made => JSON.stringify(made.output))")
+    assert "zorb" in prompt and "language_bridge_report" not in prompt
+    assert not our_trouble(page)
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.evaluate("new Promise(done => setTimeout(done, 1500))")
+    page.screenshot(Path(os.environ.get("LANGUAGE_BRIDGE_SCREENSHOT_REPORT") or tmp_path / "report.png"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from language_bridge.encoders.file import (
     read_encoder_header,
     save_encoder,
 )
+from language_bridge.encoders.ledger import REST_NS, Facts, Ledger
 from language_bridge.tests.encoders.toys import TEXTS, toy_tower
 
 
@@ -88,7 +91,7 @@ def spoil(path: Path, header: dict[str, Any] | None = None, **tensors: torch.Ten
 NORM = "encoder.embeddings.LayerNorm.weight"
 
 
-@pytest.mark.parametrize(
+ODD = pytest.mark.parametrize(
     ("header", "tensors", "word"),
     [
         ({"format": 2}, {}, "Update Language Bridge"),
@@ -111,6 +114,9 @@ NORM = "encoder.embeddings.LayerNorm.weight"
         ({}, {"tokenizer": torch.zeros(9, dtype=torch.uint8)}, "tokenizer cannot be used"),
     ],
 )
+
+
+@ODD
 def test_odd_files_are_refused(
     header: dict[str, Any], tensors: dict[str, Any], word: str, tower_file: Path
 ) -> None:
@@ -142,3 +148,169 @@ def test_headers_round_trip() -> None:
         family="bert", identity="\u53e3\u888b", spec={"vocab": 4}, layer=-1, window=24, mask_rule="pad"
     )
     assert EncoderHeader.from_json(header.to_json()) == header
+
+
+# -- what was verified before --------------------------------------------------------------------------------
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """A ledger for which every file has been at rest for long."""
+    return Ledger(tmp_path / "user" / "verified.json", clock=lambda: time.time_ns() + 2 * REST_NS)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors that were hashed or searched for odd numbers, in order."""
+    done: list[str] = []
+    search, take = guard.require_finite, guard._hash
+    monkeypatch.setattr(guard, "require_finite", lambda t, what: (done.extend(t), search(t, what))[1])
+    monkeypatch.setattr(guard, "_hash", lambda up, name, t: (done.append(name), take(up, name, t))[1])
+    return done
+
+
+def same(first: Any, second: Any) -> bool:
+    one, other = first.state_dict(), second.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_file_is_hashed_and_searched_once(
+    dtype: torch.dtype | None, tower_file: Path, ledger: Ledger, checks: list[str]
+) -> None:
+    names = list(guard.read_layout(tower_file).tensors)
+    first = load_encoder(tower_file, dtype=dtype, ledger=ledger)
+    assert all(checks.count(name) >= 2 for name in names)
+    checks.clear()
+    again = load_encoder(tower_file, dtype=dtype, ledger=Ledger(ledger.path))
+    # The cast is this load's own, and may lead out of the range.
+    assert checks == ([] if dtype is None else sorted(name for name in names if name != "tokenizer"))
+    assert same(first, again)
+    checks.clear()
+    load_encoder(tower_file, dtype=dtype)
+    assert all(checks.count(name) >= 2 for name in names)
+
+
+def test_without_a_ledger_nothing_is_written_down(tower_file: Path) -> None:
+    load_encoder(tower_file)
+    assert [path.name for path in tower_file.parent.iterdir()] == [tower_file.name]
+
+
+def test_a_file_that_was_written_just_now_is_not_remembered(tower_file: Path, checks: list[str]) -> None:
+    ledger = Ledger(tower_file.with_name("verified.json"))
+    tower_file.touch()
+    load_encoder(tower_file, ledger=ledger)
+    assert not ledger.path.exists()
+    checks.clear()
+    load_encoder(tower_file, ledger=ledger)
+    assert checks
+
+
+def overwrite(path: Path, name: str, tensor: torch.Tensor, keep_time: bool) -> None:
+    """Change one tensor in place: neither header nor size change, nor, on demand, the time of writing."""
+    before = path.stat()
+    time.sleep(0.05)  # longer than a tick of the file system's clock
+    with open(path, "r+b") as file:
+        file.seek(guard.read_layout(path).tensors[name].first)
+        file.write(guard._bytes(tensor))
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("keep_time", [False, True] if os.name == "posix" else [False])
+@pytest.mark.parametrize(("number", "word"), [(3.0, "digest"), (torch.nan, "not finite")])
+def test_a_file_that_was_written_to_is_verified_again(
+    number: float, word: str, keep_time: bool, tower_file: Path, ledger: Ledger
+) -> None:
+    load_encoder(tower_file, ledger=ledger)
+    overwrite(tower_file, NORM, torch.full((32,), number), keep_time)
+    for _ in range(2):
+        with pytest.raises(BridgeError, match=word):
+            load_encoder(tower_file, ledger=ledger)
+
+
+def test_a_file_under_another_name_or_newly_saved_is_verified_again(
+    tower_file: Path, ledger: Ledger, checks: list[str]
+) -> None:
+    load_encoder(tower_file, ledger=ledger)
+    moved = tower_file.rename(tower_file.with_name("moved"))
+    for path in (moved, tower_file):
+        save_encoder(tower_file, toy_tower(layer=-2))
+        checks.clear()
+        load_encoder(path, ledger=ledger)
+        assert checks
+
+
+def test_a_file_that_was_refused_is_not_remembered(tower_file: Path, ledger: Ledger) -> None:
+    spoil(tower_file, **{NORM: torch.zeros(32)})
+    for _ in range(2):
+        with pytest.raises(BridgeError, match="digest"):
+            load_encoder(tower_file, ledger=ledger)
+    assert not ledger.path.exists()
+
+
+@pytest.mark.parametrize("number", [3.0, torch.nan])
+def test_a_file_that_is_written_to_while_it_is_read_is_not_trusted(
+    number: float, tower_file: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the entry of before stands for what was read, nor is what was read remembered."""
+    whole = tower_file.read_bytes()
+    fill = guard.fill
+
+    def write_then_fill(*arguments: Any, **options: Any) -> None:
+        tower_file.write_bytes(whole)
+        overwrite(tower_file, NORM, torch.full((32,), number), keep_time=False)
+        fill(*arguments, **options)
+
+    load_encoder(tower_file, ledger=ledger)
+    remembered = ledger.path.read_bytes()
+    monkeypatch.setattr(guard, "fill", write_then_fill)
+    with pytest.raises(BridgeError, match="digest|not finite"):
+        load_encoder(tower_file, ledger=ledger)
+    assert ledger.path.read_bytes() == remembered
+
+
+def test_a_file_that_is_touched_while_it_is_read_is_verified_in_the_same_load(
+    tower_file: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, checks: list[str]
+) -> None:
+    first = load_encoder(tower_file, ledger=ledger)
+    fill = guard.fill
+
+    def touch_then_fill(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.05)
+        tower_file.touch()
+        fill(*arguments, **options)
+
+    monkeypatch.setattr(guard, "fill", touch_then_fill)
+    checks.clear()
+    assert same(first, load_encoder(tower_file, ledger=ledger))
+    assert all(checks.count(name) >= 2 for name in guard.read_layout(tower_file).tensors)
+
+
+def forge(ledger: Ledger, path: Path) -> None:
+    """Write into the ledger that a file was verified, and found to be what its header says."""
+    layout = guard.read_layout(path)
+    digest = json.loads(layout.metadata[METADATA_KEY]).get("digest", "")
+    with open(path, "rb") as file:
+        ledger.remember(Facts.of(path, file.fileno()), layout.digest, digest)
+
+
+@ODD
+def test_a_ledger_stands_for_the_hash_and_the_search_alone(
+    header: dict[str, Any], tensors: dict[str, Any], word: str, tower_file: Path, ledger: Ledger
+) -> None:
+    spoil(tower_file, header, **tensors)
+    forge(ledger, tower_file)
+    if word.startswith("digest") or "finite" in word:
+        load_encoder(tower_file, ledger=ledger)
+        return
+    with pytest.raises(BridgeError, match=word):
+        load_encoder(tower_file, ledger=ledger)
+
+
+def test_a_digest_in_the_ledger_that_is_not_the_headers_saves_no_hashing(
+    tower_file: Path, ledger: Ledger, checks: list[str]
+) -> None:
+    layout = guard.read_layout(tower_file)
+    with open(tower_file, "rb") as file:
+        ledger.remember(Facts.of(tower_file, file.fileno()), layout.digest, "")
+    load_encoder(tower_file, ledger=ledger)
+    assert checks == [*sorted(name for name in layout.tensors if name != "tokenizer"), "tokenizer"]

@@ -13,6 +13,7 @@ from language_bridge.encoders.vocabulary import (
     NORMAL,
     UNIGRAM,
     UNKNOWN,
+    open_tokenizer,
     read_sentencepiece,
     sentencepiece_json,
     word_list,
@@ -85,3 +86,20 @@ def test_damaged_models_are_refused() -> None:
 def test_words_are_lines_and_nothing_else_is_a_line() -> None:
     assert word_list("a\r\nb\u2028c\n\x0bd\n".encode()) == ["a", "b\u2028c", "\x0bd"]
     assert word_list(b"a\n\nb") == ["a", "", "b"] and word_list(b"") == []
+
+
+@pytest.mark.parametrize(
+    "ids", [{"[UNK]": 0, "a": 1}, {"[UNK]": 0, "a": 9}, {"[UNK]": 3, "a": 1}, {"[UNK]": 0, "a": 1, "b": 1}]
+)
+@pytest.mark.parametrize("added", [(), ("[UNK]",), ("[UNK]", "new")])
+def test_the_largest_id_is_found_with_gaps_and_without(ids: dict[str, int], added: tuple[str, ...]) -> None:
+    """A tower with that many rows takes the tokenizer, one with a row less does not."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(list(added))
+    text = tokenizer.to_str()  # which may drop a token that shares its id
+    largest = max(Tokenizer.from_str(text).get_vocab().values())
+    open_tokenizer(text.encode(), largest + 1)
+    with pytest.raises(BridgeError, match=f"token ids up to {largest}"):
+        open_tokenizer(text.encode(), largest)

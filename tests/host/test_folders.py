@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 
 import folder_paths
 import pytest
 
 from language_bridge.bridges.file import BridgeHeader
-from language_bridge.host import folders
+from language_bridge.encoders import guard
+from language_bridge.encoders.ledger import REST_NS, Ledger
+from language_bridge.host import bridging, folders
+from language_bridge.host.cache import EMBEDDINGS
+from language_bridge.tests.fixtures.graph import Checkpoint, bridged
+from language_bridge.tests.fixtures.stock import encode, same
 
 
 @pytest.fixture
@@ -109,3 +115,32 @@ def test_a_tower_inside_a_bridge_belongs_to_that_bridge_alone(
     assert folders.files_of("own.safetensors") == [own]
     with pytest.raises(ValueError, match="inside-zh"):
         folders.encoder_path(reference(tower), "any")
+
+
+def test_the_ledger_lies_where_no_request_over_http_reaches(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+    ledger = folders.ledger()
+    place = ledger.path.relative_to(tmp_path)
+    assert place.parts[0].startswith(folder_paths.SYSTEM_USER_PREFIX)
+    assert folder_paths.get_public_user_directory(place.parts[0]) is None
+    assert folders.ledger() is ledger
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "other"))
+    assert folders.ledger().path == tmp_path / "other" / place
+
+
+def test_the_node_verifies_a_file_once(
+    sd1: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "verified.json", clock=lambda: time.time_ns() + 2 * REST_NS)
+    monkeypatch.setattr(folders, "ledger", lambda: ledger)
+    hashed: list[str] = []
+    take = guard._hash
+    monkeypatch.setattr(guard, "_hash", lambda up, name, t: (hashed.append(name), take(up, name, t))[1])
+    said = []
+    for again in (False, True):
+        bridging.TOWERS.clear()
+        EMBEDDINGS.clear()
+        hashed.clear()
+        said.append(encode(bridged(sd1)[1], "\u7ea2\u8272\u7684\u732b"))
+        assert bool(hashed) != again
+    assert same(*said)

@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 import nodes
 from language_bridge.bridges.errors import BridgeError
 from language_bridge.bridges.file import BridgeHeader, save_bridge
+from language_bridge.host.joining import SHARED, Joining
 from language_bridge.host.rows import MARK
 from language_bridge.host.unet import part_shapes
 from language_bridge.tests.fixtures.graph import Checkpoint, bridged
@@ -532,3 +533,33 @@ def test_a_bridge_for_its_own_unet(
             bridged(sd1, bridge=path.name)
     finally:
         path.unlink()
+
+
+# -- joined otherwise ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("part", "how"), [("kv", "replace"), ("attn2", "delta")])
+def test_native_rows_in_a_shared_window_are_read_by_the_part(
+    sd1: Checkpoint, files: Any, part: str, how: str
+) -> None:
+    name, weights = files["sd1", part, how]
+    model, clip = bridged(sd1, bridge=name)
+    positive, negative = encode(clip.with_speech(joining=Joining(SHARED)), MIXED), encode(clip, "")
+    native = encode(clip, NATIVE_PART)
+    assert positive[0][0].shape[1] == 77 and 7 <= positive[0][1][MARK]["rows"] < 77
+    got = sample(model, positive, negative)
+    with by_hand(sd1.model, weights, how, native, negative):
+        expected = sample(sd1.model, unmarked(positive), unmarked(negative))
+    assert near(got, expected)
+    assert not near(got, sample(sd1.model, unmarked(positive), unmarked(negative)))
+
+
+def test_text_that_another_pack_puts_in_the_place_of_ours_is_refused(sd1: Checkpoint, files: Any) -> None:
+    model, clip = bridged(sd1, bridge=files["sd1", "kv", "replace"][0])
+    clone = model.clone()
+
+    def other(q: Tensor, text: Tensor, value: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        turned = text.flip(1)
+        return q, turned, turned
+
+    clone.set_model_attn2_patch(other)
+    with pytest.raises(BridgeError, match="cannot tell any more"):
+        sample(clone, encode(clip, MIXED), encode(clip, ""))

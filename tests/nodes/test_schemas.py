@@ -26,6 +26,7 @@ LISTS = {
         "tokenizer": "folders of models/text_encoders",
         "preset": "names of the table",
         "reference": "files of the model folders",
+        "and_with": "files of the model folders",
     },
     "LanguageBridgeCheckpoint": {"checkpoint": "files of models/checkpoints"},
 }
