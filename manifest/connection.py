@@ -209,6 +209,7 @@ class Exchange:
 
     def _run(self) -> None:
         connection: http.client.HTTPConnection | None = None
+        reply: http.client.HTTPResponse | None = None
         try:
             connection, answer, reply = self._ask()
             self._put(answer)
@@ -224,9 +225,10 @@ class Exchange:
             # http.client raises ValueError and AttributeError, too, when it is hung up while it reads.
             self._put(Broken(f"{type(error).__name__}: {error!s:.160}"))
         finally:
-            if connection is not None:
-                with contextlib.suppress(OSError):
-                    connection.close()
+            for end in (reply, connection):
+                if end is not None:
+                    with contextlib.suppress(OSError, ValueError):
+                        end.close()
 
     def _ask(self) -> tuple[http.client.HTTPConnection, Answer, http.client.HTTPResponse]:
         url, told = self._url, None

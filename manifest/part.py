@@ -243,6 +243,9 @@ def _locked(file: BinaryIO) -> bool:
             import fcntl
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        # Windows has this word for a lock of another's; elsewhere the file system knows no locks at all.
+        return os.name != "nt"
     return True

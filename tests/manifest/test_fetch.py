@@ -227,6 +227,20 @@ def test_a_damaged_lock_file_trusts_nothing(tmp_path: Path, hub: Hub, text: str)
     assert not hub.log
 
 
+def test_what_the_shipped_manifest_hands_to_the_converter_lies_where_the_files_are(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "weights_manifest.json").read_text(encoding="utf-8")
+    manifest = parse(text)
+    for item in manifest.published:
+        models = tmp_path / item.name
+        sets = manifest.with_needs(item)
+        for file in (file for one in sets for file in one.files):
+            (models / file.place).parent.mkdir(parents=True, exist_ok=True)
+            (models / file.place).write_bytes(b"x")
+        given = fetch.given_to_converter(item, sets, models)
+        assert all(path.exists() for path in given), item.name
+        assert len(given) >= len(item.conversion.give if item.conversion else ())
+
+
 def test_problems_of_a_set(tmp_path: Path, hub: Hub) -> None:
     def wrong() -> dict[str, str]:
         return {problem.path: problem.found for problem in fetch.set_problems(MANIFEST, "bridge", tmp_path)}
