@@ -4,12 +4,12 @@ python install.py              prepare the model folder, say what is next
 python install.py list         what weights_manifest.json names: shipped, and published elsewhere
 python install.py get ID       fetch a published set, check it, convert it; get --help says how
 python install.py verify [ID]  compare files with their hashes: the shipped and fetched ones, or those of ID
-python install.py doctor       what was found on this machine
+python install.py doctor       what was found on this machine; with --hosts, which sources answer
 python install.py convert      make published weights into our own files; convert --help says how
 python install.py pin [ID]     for maintainers: fill the manifest from the Hub's own metadata
 python install.py demo|test    the command to type for it
 
-Nothing opens a network connection but get and pin.
+Nothing opens a network connection but get, pin and doctor --hosts.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ import os
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 if __package__:
-    from .manifest import fetch, lock, pin, sources
+    from .manifest import fetch, lock, pin, reach, sources
     from .manifest.connection import Wire
     from .manifest.download import Pace, Progress
     from .manifest.errors import FetchError, Stopped
-    from .manifest.part import write_whole
+    from .manifest.part import ENDING, write_whole
     from .manifest.schema import DOWNLOADS, Manifest, PublishedSet, RemoteFile, WeightFile, dump, parse
     from .manifest.verify import Problem, check, problems
 else:
-    from manifest import fetch, lock, pin, sources
+    from manifest import fetch, lock, pin, reach, sources
     from manifest.connection import Wire
     from manifest.download import Pace, Progress
     from manifest.errors import FetchError, Stopped
-    from manifest.part import write_whole
+    from manifest.part import ENDING, write_whole
     from manifest.schema import DOWNLOADS, Manifest, PublishedSet, RemoteFile, WeightFile, dump, parse
     from manifest.verify import Problem, check, problems
 
@@ -310,8 +310,16 @@ def refresh(
     return int(found.contradicted)
 
 
-def doctor() -> int:
-    """Print versions and places; 1 when something that the pack needs is missing."""
+def doctor(arguments: Sequence[str] = (), *, asked: Any = None, wire: Wire | None = None) -> int:
+    """Print versions, places and sources; 1 when something that the pack needs is missing or wrong.
+
+    With --hosts the sources are asked whether they answer; the keywords are for tests of that.
+    """
+    parser = argparse.ArgumentParser(prog="install.py doctor", description="What was found on this machine.")
+    parser.add_argument(
+        "--hosts", action="store_true", help="ask the sources of downloads whether they answer"
+    )
+    options = parser.parse_args(list(arguments))
     print(f"Python      {sys.version.split()[0]}  {sys.executable}")
     print(f"pack        {PACK}")
     tree = find_comfyui()
@@ -325,7 +333,29 @@ def doctor() -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"missing     {', '.join(missing)}: this Python is not the one that ComfyUI runs in")
-    return int(verify() or bool(missing))
+    if tree is not None:
+        _tell_unfinished(tree / "models")
+    wrong = False
+    try:
+        for source, url in reach.places():
+            print(f"source      {source}: {url}")
+        for reached in reach.reach(wire=wire, asked=asked) if options.hosts else ():
+            print(reached)
+            wrong |= bool(reached.problem)
+    except FetchError as error:
+        print(error)
+        wrong = True
+    return int(verify() or bool(missing) or wrong)
+
+
+def _tell_unfinished(models: Path) -> None:
+    """A line for each download that was begun and not finished, with the command that goes on."""
+    for item in read_manifest().published:
+        for file in item.files:
+            place = models / f"{file.place}{ENDING}"
+            if place.is_file():
+                size = f"{place.stat().st_size / 1e6:.1f} MB"
+                print(f"unfinished  {file.place}, {size} are there: python install.py get {item.name}")
 
 
 def convert(arguments: list[str]) -> int:
@@ -454,8 +484,8 @@ def _version(name: str) -> str:
         return "-"
 
 
-COMMANDS = {"list": show_list, "verify": verify, "doctor": doctor, "demo": demo, "test": test}
-WITH_ARGUMENTS = {"get": get, "convert": convert, "pin": refresh}
+COMMANDS = {"list": show_list, "verify": verify, "demo": demo, "test": test}
+WITH_ARGUMENTS = {"get": get, "doctor": doctor, "convert": convert, "pin": refresh}
 
 
 def main(arguments: list[str]) -> int:

@@ -306,6 +306,32 @@ def test_get_asks_for_the_reference_before_it_fetches(
     assert offer.get("--no-convert") == 0
 
 
+def test_doctor_asks_the_sources_only_when_told_to(offer: Offer, capsys: pytest.CaptureFixture[str]) -> None:
+    from language_bridge import install as script
+    from language_bridge.tests.manifest.hub import running
+
+    with running(lambda request: None) as silent:
+        asked = (("hub", offer.hub.url("")), ("mirror", silent.url("")), ("modelscope", "http://example.org"))
+        wire = type(offer.wire)({*offer.wire.hosts, silent.host})
+        script.doctor([], asked=asked, wire=wire)
+        assert not offer.hub.log and "source      hub: https://huggingface.co" in capsys.readouterr().out
+        assert script.doctor(["--hosts"], asked=asked, wire=wire) == 1
+    assert [request.method for request in offer.hub.log] == ["HEAD"]
+    said = capsys.readouterr().out
+    assert "answers in" in said and said.count("NOT reached") == 2 and "list of hosts" in said
+
+
+def test_doctor_names_a_wrong_variable_and_what_was_not_finished(comfyui: Path) -> None:
+    place = (
+        comfyui / "models" / "language_bridge_downloads" / "OPPOer--PEA-Diffusion" / "pytorch_model.bin.part"
+    )
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"x" * 200_000)
+    done = install(comfyui, "doctor", HF_ENDPOINT="http://hf-mirror.com")
+    assert "HF_ENDPOINT cannot be used" in done.stdout and done.returncode == 1
+    assert "pytorch_model.bin, 0.2 MB are there: python install.py get pea-sdxl" in done.stdout
+
+
 def test_get_without_a_comfyui_asks_for_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     from language_bridge import install as script
 
