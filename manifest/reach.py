@@ -6,10 +6,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from . import sources
 from .connection import Answer, Broken, Exchange, Refused, Wire
 from .download import AGENT
-from .sources import HUB, MODELSCOPE, mirror, order
-from .sources import wire as allowed_wire
 
 WAIT_SECONDS = 20.0
 
@@ -39,8 +38,8 @@ class Reached:
 
 def places(environ: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
     """Word and address of each source, in the user's order; FetchError on a variable that is wrong."""
-    known = {"hub": HUB, "mirror": mirror(environ), "modelscope": MODELSCOPE}
-    return tuple((source, known[source]) for source in order(environ))
+    known = {"hub": sources.HUB, "mirror": sources.mirror(environ), "modelscope": sources.MODELSCOPE}
+    return tuple((source, known[source]) for source in sources.order(environ))
 
 
 def reach(
@@ -55,7 +54,7 @@ def reach(
     Raises:
         FetchError: a variable of the environment cannot be used.
     """
-    allowed = wire or allowed_wire(environ)
+    allowed = wire or sources.wire(environ)
     return tuple(_reached(allowed, source, url, seconds) for source, url in (asked or places(environ)))
 
 
