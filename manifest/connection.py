@@ -13,6 +13,7 @@ import contextlib
 import http.client
 import ipaddress
 import queue
+import re
 import ssl
 import threading
 import urllib.parse
@@ -26,6 +27,7 @@ QUEUED_BLOCKS = 64
 MOST_REDIRECTS = 6
 CONNECT_SECONDS = 15.0
 _BOTH_WAYS = 2  # socket.SHUT_RDWR
+_HOST = re.compile(r"[a-z0-9.-]{1,253}")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _FAKE_ADDRESSES = ipaddress.ip_network("198.18.0.0/15")
 """Proxy programs on the user's machine answer every name with an address from here; TLS proves the host."""
@@ -93,6 +95,8 @@ class Wire:
             raise Refused(f"an address with a name or a password in it, host {host!r:.80}")
         if any(ord(letter) <= 32 or ord(letter) > 126 for letter in url):
             raise Refused(f"an address with blanks or odd letters in it, host {host!r:.80}")
+        if not _HOST.fullmatch(host):
+            raise Refused(f"the host {host!r:.80}, which is no name")
         named = host if port in (None, self.port) else f"{host}:{port}"
         suffixes = {host[at:] for at, letter in enumerate(host) if letter == "."}
         if named not in self.hosts and (named != host or not suffixes & self.hosts):

@@ -429,6 +429,8 @@ def _limits(wanted: Wanted) -> str:
 
 def _advice(failures: Sequence[str]) -> str:
     text = " ".join(failures)
+    if not failures:
+        return "Name a source that has it in LANGUAGE_BRIDGE_SOURCES, or remove that variable."
     if "status 401" in text or "status 403" in text:
         return (
             "The Hub asks for an account there: agree to the terms on the model's page and set HF_TOKEN, "
@@ -436,6 +438,16 @@ def _advice(failures: Sequence[str]) -> str:
         )
     if "SHA-256" in text or " bytes instead of " in text:
         return "The file was changed where it is published, or on the way. Do not use it; report it."
+    if "list of hosts" in text:
+        return (
+            "The source sends us to a host that is not known. If you trust it, name it in "
+            "LANGUAGE_BRIDGE_HOSTS; or choose another source with LANGUAGE_BRIDGE_SOURCES."
+        )
+    if "certificate" in text:
+        return (
+            "Something between you and the source answers in its place, or your system's certificates are "
+            "old. If it is your network's own proxy, name its certificate in SSL_CERT_FILE."
+        )
     if "status 404" in text:
         return "The file has gone from there. Update Language Bridge, or fetch it in a browser."
     return (

@@ -38,7 +38,7 @@ from language_bridge.tests.manifest.hub import (
 )
 
 QUICK = Pace(
-    stall_seconds=0.3,
+    stall_seconds=10.0,
     least_bytes=64,
     tries=3,
     first_pause=0.01,
@@ -47,6 +47,8 @@ QUICK = Pace(
     save_bytes=32_768,
     progress_bytes=32_768,
 )
+HASTY = replace(QUICK, stall_seconds=0.4, tries=2)
+"""For faults that show in nothing but silence; every other must not depend on how busy this machine is."""
 SIZE = len(BODY)
 PINNED = Wanted("a/b@main/file", SIZE, SIZE, SHA256)
 BOUNDED = Wanted("a/b@main/file", SIZE - 1000, SIZE + 1000)
@@ -127,7 +129,7 @@ class Fault:
     """One way to misbehave. says: what the refusal says, "" when the file arrives whole all the same.
 
     unpinned: what happens without a known hash; None = the same. limits: what is known then. lies: a wrong
-    content under right headers, which nothing but a hash can tell.
+    content under right headers, which nothing but a hash can tell. silent: it has to be waited for.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Fault:
     unpinned: str | None = None
     limits: Wanted = BOUNDED
     lies: bool = False
+    silent: bool = False
 
 
 def always(behaviour: Behaviour) -> Callable[[Hub], Behaviour]:
@@ -232,18 +235,21 @@ FAULTS = [
     # the road
     Fault("cut again and again", always(cut_after(100_000))),
     Fault("reset in the middle", once(cut_after(100_000, "reset"), cut_after(50_000, "reset"))),
-    Fault("silence in the middle", once(cut_after(100_000, "silence"))),
-    Fault("silence from the start", always(lambda request: time.sleep(1)), "no answer"),
+    Fault("silence in the middle", once(cut_after(100_000, "silence")), silent=True),
+    Fault("silence from the start", always(lambda request: time.sleep(1)), "no answer", silent=True),
     Fault("closed at once", always(raw(b"")), "tries"),
     Fault("slow", always(drip(0.02, 10_000))),
-    Fault("slower than slow", always(drip(0.1, 1)), "seconds"),
+    Fault("slower than slow", always(drip(0.1, 1)), "seconds", silent=True),
     Fault("no HTTP", always(raw(b"SSH-2.0-OpenSSH\r\n")), "tries"),
     Fault("headers without end", always(raw(b"A: b\r\n", repeat=200)), "tries"),
     Fault(
         "a header of a megabyte", always(raw(b"HTTP/1.1 200 x\r\nA: " + b"b" * 10**6 + b"\r\n\r\n")), "tries"
     ),
     Fault(
-        "continue for ever", always(raw(b"HTTP/1.1 100 x\r\n\r\n", repeat=60, pause=0.02)), "no answer|tries"
+        "continue for ever",
+        always(raw(b"HTTP/1.1 100 x\r\n\r\n", repeat=60, pause=0.02)),
+        "no answer|tries",
+        silent=True,
     ),
     # ranges
     Fault("the whole for a piece", once(cut_after(100_000), with_headers(**LEN, ETag='"v1"'))),
@@ -306,20 +312,21 @@ def test_there_are_faults_enough_and_each_is_told_once() -> None:
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "unpinned"])
 def test_no_fault_lets_a_wrong_file_through(tmp_path: Path, hub: Hub, fault: Fault, pinned: bool) -> None:
     target, wanted = tmp_path / "x.bin", PINNED if pinned else fault.limits
+    pace = HASTY if fault.silent else QUICK
     says = fault.says if pinned or fault.unpinned is None else fault.unpinned
     hub.behave = fault.behave(hub)
     if not pinned and fault.lies:
         wanted = replace(BOUNDED, sha256=SHA256)
     if says:
         with pytest.raises(FetchError, match=says) as error:
-            fetch(target, [hub], wanted)
+            fetch(target, [hub], wanted, pace=pace)
         assert not target.exists()
         assert error.value.action and "expected:" in str(error.value)
         hub.behave = fault.behave(hub)
         with running(honest()) as good:
-            assert fetch(target, [hub, good], wanted).source == "source 1"
+            assert fetch(target, [hub, good], wanted, pace=pace).source == "source 1"
     else:
-        fetch(target, [hub], wanted)
+        fetch(target, [hub], wanted, pace=pace)
     assert is_whole(target) and not unfinished(target)
 
 
@@ -336,6 +343,24 @@ def test_a_listed_name_with_a_private_address_is_refused(tmp_path: Path) -> None
         with pytest.raises(FetchError, match="not a public one"):
             download.download(places, tmp_path / "x", PINNED, wire=wire, pace=QUICK)
         assert not private.log
+
+
+def test_the_advice_fits_what_was_found(tmp_path: Path, hub: Hub) -> None:
+    advice = {
+        status(401): "HF_TOKEN",
+        status(404): "gone",
+        redirect("http://example.org/"): "LANGUAGE_BRIDGE_HOSTS",
+        honest(BODY[::-1]): "report it",
+        raw(b""): "LANGUAGE_BRIDGE_SOURCES=mirror",
+    }
+    for behaviour, says in advice.items():
+        hub.behave = behaviour
+        with pytest.raises(FetchError) as error:
+            fetch(tmp_path / "x.bin", [hub])
+        assert says in error.value.action
+    with pytest.raises(FetchError) as error:
+        fetch(tmp_path / "x.bin", [])
+    assert "LANGUAGE_BRIDGE_SOURCES" in error.value.action
 
 
 # -- secrets ----------------------------------------------------------------------------------------
@@ -541,7 +566,7 @@ def test_stopping_takes_less_than_a_second_and_keeps_what_came(
     with pytest.raises(Stopped):
         fetch(tmp_path / "x.bin", [hub], UNKNOWN, pace=patient, stopped=stopped)
     assert time.monotonic() - asked[-1] < 1.0
-    assert max(later - sooner for sooner, later in zip(asked, asked[1:], strict=False)) < 0.7
+    assert max(later - sooner for sooner, later in zip(asked, asked[1:], strict=False)) < 1.0
     assert not (tmp_path / "x.bin").exists()
     names = [thread.name for thread in threading.enumerate()]
     assert threading.active_count() <= before + len(hub.log) and "language-bridge-download" not in names
@@ -566,14 +591,16 @@ def test_stopping_takes_less_than_a_second_and_keeps_what_came(
         ("https://huggingface.co:8443/x", "list of hosts"),
         ("https://cdn.hf.co:22/x", "list of hosts"),
         ("https://127.0.0.1/x", "list of hosts"),
-        ("https://[::1]/x", "list of hosts"),
+        ("https://[::1]/x", "no name"),
+        ("https://evil.example\\.hf.co/x", "no name"),
+        ("https://evil.example%2e.hf.co/x", "no name"),
         ("https://0x7f000001/x", "list of hosts"),
         ("https://user@huggingface.co/x", "password"),
         ("https://huggingface.co@evil.example/x", "password"),
         ("https://huggingface.co/a\r\nHost: x", "instead|blanks|list"),
         ("https://huggingface.co/\u4e2d", "odd letters"),
         ("https://huggingface.co:99999/x", "none"),
-        ("https://", "list of hosts"),
+        ("https://", "no name"),
         ("", "no scheme"),
     ],
 )
