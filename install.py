@@ -46,6 +46,8 @@ else:
 PACK = Path(__file__).resolve().parent
 MODEL_FOLDER = "language_bridges"
 TOWER_FOLDER = "text_encoders"
+LOOKED_AT = (MODEL_FOLDER, TOWER_FOLDER, DOWNLOADS, "checkpoints", "controlnet", "diffusion_models", "vae")
+"""Folders below models in which `get` looks for a file of known hash before it fetches it."""
 NEEDED = ("torch", "numpy", "PIL", "safetensors", "tokenizers")
 REPORTED = ("torch", "transformers", "tokenizers", "safetensors", "comfyui-frontend-package")
 
@@ -187,6 +189,7 @@ def get(
             pace=pace,
             say=print,
             progress=_progress,
+            look=[*(models / folder for folder in LOOKED_AT), *options.look],
         )
         for item in manifest.with_needs(wanted):
             if item.by_hand:
@@ -216,6 +219,14 @@ def get_parser() -> argparse.ArgumentParser:
         "--trust-first-use", action="store_true", help="fetch pickles of which nobody has verified the hash"
     )
     parser.add_argument("--models", type=Path, metavar="DIR", help="ComfyUI's models folder")
+    parser.add_argument(
+        "--look",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder with files that you fetched yourself, under whatever names; can be given again",
+    )
     parser.add_argument("--no-convert", action="store_true", help="fetch and check only")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="checkpoint that the U-Net came from")
     parser.add_argument("--delta", action="store_true", help="U-Net part as a difference from the reference")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .adopt import adopt
 from .connection import Wire
 from .download import Fetched, Pace, Progress, Wanted, download
 from .errors import FetchError
@@ -42,12 +43,14 @@ def fetch_set(
     say: Callable[[str], None] | None = None,
     progress: Callable[[RemoteFile], Progress] | None = None,
     stopped: Callable[[], bool] | None = None,
+    look: Sequence[Path] = (),
 ) -> Haul:
     """Fetch a published set, and the sets that it needs, below ComfyUI's `models` folder.
 
     agreed: the user has read the licences of sets that ask for consent. trusting: the user accepts pickles
     whose hash nobody has verified. Sources and token come from the environment at each file. `say` gets a
-    line for each file, `progress` makes the callback of one file.
+    line for each file, `progress` makes the callback of one file. look: folders in which a file of known hash
+    is looked for first, whatever its name there.
 
     Raises:
         FetchError: unknown name, consent or trust is missing, or a file could not be fetched whole.
@@ -71,10 +74,11 @@ def fetch_set(
         places = addresses(file, environ)
         if not digest:
             places = [place for place in places if is_chosen(place.source, environ)]
-        fetched = download(
+        asked = Wanted(file.key, file.least_bytes, file.most_bytes, digest)
+        fetched = adopt(look, models / file.place, asked, stopped=stopped) or download(
             places,
             models / file.place,
-            Wanted(file.key, file.least_bytes, file.most_bytes, digest),
+            asked,
             wire=wire or allowed_wire(environ),
             token=token(environ) if file in gated else "",
             pace=pace,

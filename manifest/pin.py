@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from .connection import Answer, Broken, Exchange, Refused, Wire
 from .download import AGENT
-from .errors import FetchError
+from .fetch import find
 from .schema import Manifest, RemoteFile
 from .sources import HUB, Address, addresses
 
@@ -46,10 +46,8 @@ def pin(
     Raises:
         FetchError: no set of that name.
     """
-    if name and manifest.find(name) is None:
-        raise FetchError(
-            "There is no published set of that name.", repr(name)[:80], "one of the list", "list"
-        )
+    if name:
+        find(manifest, name)
     lines: list[str] = []
     known: dict[RemoteFile, RemoteFile] = {}
     contradicted = False

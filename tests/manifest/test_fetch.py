@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from language_bridge.manifest import fetch, pin, sources
+from language_bridge.manifest import adopt, fetch, pin, sources
 from language_bridge.manifest.connection import Wire
 from language_bridge.manifest.errors import FetchError
 from language_bridge.manifest.lock import Record, lock_path, read_lock
@@ -146,6 +146,37 @@ def test_a_file_put_there_by_hand_is_taken_and_said_to_be_unverified(tmp_path: P
     get(tmp_path, hub, say=lines.append)
     assert "from was there, NOT verified" in lines[1]
     assert "/who/what/resolve/main/vocab.txt" not in [request.path for request in hub.log]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_of_known_hash_is_found_under_any_name(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError("another disk")
+
+    content = FILES["/who/what/resolve/main/model.bin"]
+    there = tmp_path / "\u6211\u7684 files" / "model (1).bin.crdownload"
+    there.parent.mkdir()
+    (there.parent / "same size").write_bytes(b"?" * len(content))
+    there.write_bytes(content)
+    if not linked:
+        monkeypatch.setattr(adopt.os, "link", refuse)
+    models = tmp_path / "models"
+    lines: list[str] = []
+    get(models, hub, look=[tmp_path / "nothing", there.parent], say=lines.append)
+    assert (models / WEIGHTS.place).read_bytes() == content == there.read_bytes()
+    assert (models / WEIGHTS.place).samefile(there) == linked
+    assert "model (1).bin.crdownload', which lay there, verified" in lines[0]
+    assert "/who/what/resolve/main/model.bin" not in [request.path for request in hub.log]
+    assert not list(models.rglob("*.part*"))
+
+
+def test_a_file_of_unknown_hash_or_another_content_is_not_adopted(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "vocab.txt").write_bytes(FILES["/who/what/resolve/main/vocab.txt"])
+    (tmp_path / "model.bin").write_bytes(b"?" * len(FILES["/who/what/resolve/main/model.bin"]))
+    get(tmp_path / "models", hub, look=[tmp_path])
+    assert len(hub.log) == 3
 
 
 def test_a_file_without_a_hash_does_not_come_from_a_source_that_was_not_chosen(
