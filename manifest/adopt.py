@@ -35,11 +35,9 @@ def adopt(
     if not wanted.sha256 or target.exists():
         return None
     for path in _candidates(folders, wanted):
-        if stopped is not None and stopped():
-            raise Stopped(f"{target.name}: while looking for it")
         with contextlib.suppress(OSError):
-            if sha256(path) == wanted.sha256:
-                return _placed(path, target, wanted)
+            if sha256(path, stopped) == wanted.sha256:
+                return _placed(path, target, wanted, stopped)
     return None
 
 
@@ -63,7 +61,7 @@ def _candidates(folders: Iterable[Path], wanted: Wanted) -> Iterator[Path]:
                         yield path
 
 
-def _placed(path: Path, target: Path, wanted: Wanted) -> Fetched:
+def _placed(path: Path, target: Path, wanted: Wanted, stopped: Callable[[], bool] | None) -> Fetched:
     source = f"{path.name!r:.60}, which lay there"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +76,8 @@ def _placed(path: Path, target: Path, wanted: Wanted) -> Fetched:
             with path.open("rb") as file:
                 while block := file.read(BLOCK_BYTES):
                     part.write(block)
+                    if stopped is not None and stopped():
+                        raise Stopped(f"{target.name}: while it was copied")
         except OSError as error:
             raise FetchError(
                 f"{path.name} cannot be read.", error, "the file, whole", "Mend the disk, or fetch the file."

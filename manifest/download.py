@@ -103,9 +103,9 @@ def download(
         Stopped: `stopped` said so; the next call goes on where this one ended.
     """
     if target.exists() or target.is_symlink():
-        return check_present(target, wanted)
+        return check_present(target, wanted, stopped)
     failures: list[str] = []
-    with Part(target, wanted.key) as part:
+    with Part(target, wanted.key, stopped) as part:
         kept = part.size
         job = _Job(part, wanted, wire, token, pace or Pace(), progress, stopped or _never)
         for address in addresses:
@@ -125,7 +125,7 @@ def download(
     )
 
 
-def check_present(target: Path, wanted: Wanted) -> Fetched:
+def check_present(target: Path, wanted: Wanted, stopped: Callable[[], bool] | None = None) -> Fetched:
     """The file that lies there already, when it can be the one that is wanted; FetchError when it cannot."""
     if not target.is_file():
         found = "something that is no file"
@@ -134,7 +134,7 @@ def check_present(target: Path, wanted: Wanted) -> Fetched:
         if not wanted.least_bytes <= size <= (wanted.most_bytes or CEILING_BYTES):
             found = f"{size} bytes"
         else:
-            digest = sha256(target)
+            digest = sha256(target, stopped)
             if wanted.sha256 in ("", digest):
                 return Fetched(target, size, digest, "")
             found = f"SHA-256 {digest}"

@@ -11,12 +11,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .errors import FetchError
+from .errors import FetchError, Stopped
 
 ENDING = ".part"
 STATE_ENDING = ".part.json"
@@ -45,13 +45,15 @@ class State:
 class Part:
     """The open .part file of one target. Use it in a with statement; one process at a time."""
 
-    def __init__(self, target: Path, key: str) -> None:
+    def __init__(self, target: Path, key: str, stopped: Callable[[], bool] | None = None) -> None:
+        """stopped: asked while old bytes are hashed; Stopped is raised when it says so, nothing is lost."""
         self.target = target
         self.path = target.with_name(target.name + ENDING)
         self.state_path = target.with_name(target.name + STATE_ENDING)
         self.state: State | None = None
         self.size = 0
         self._key = key
+        self._stopped = stopped
         self._digest = hashlib.sha256()
         self._file: BinaryIO | None = None
 
@@ -162,6 +164,8 @@ class Part:
             while left and (block := self._open.read(min(left, 1 << 20))):
                 self._digest.update(block)
                 left -= len(block)
+                if self._stopped is not None and self._stopped():
+                    raise Stopped(f"{self.path.name}: while it was hashed")
             if not left and self.sha256 == state.sha256:
                 self._cut(state.done)
                 self.state, self.size = state, state.done

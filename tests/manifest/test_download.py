@@ -575,6 +575,18 @@ def test_stopping_takes_less_than_a_second_and_keeps_what_came(
         assert is_whole(fetch(tmp_path / "x.bin", [hub]).path)
 
 
+def test_stopping_while_old_bytes_are_hashed_loses_nothing(tmp_path: Path, hub: Hub) -> None:
+    target = tmp_path / "x.bin"
+    begun(target, hub, PINNED)
+    with pytest.raises(Stopped):
+        fetch(target, [hub], stopped=lambda: True)
+    assert not hub.log
+    hub.behave = honest()
+    assert fetch(target, [hub]).kept_bytes == 100_000
+    with pytest.raises(Stopped):
+        fetch(target, [hub], stopped=lambda: True)
+
+
 # -- which connections are allowed ----------------------------------------------------------------------
 
 
