@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,24 @@ def _native_rows(extra: Mapping[str, Any]) -> int:
     return int(extra.get(MARK, {}).get("rows", 0))
 
 
+def _together(extras: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts of a batch of prompts: the first one's, and for a branch the native text of each."""
+    from language_bridge.host.branch_text import MARK
+
+    facts = dict(extras[0])
+    for branch, first in (facts.get(MARK) or {}).items():
+        rows = torch.stack([extra[MARK][branch]["rows"] for extra in extras])
+        facts[MARK] = {**facts[MARK], branch: {**first, "rows": rows}}
+    return facts
+
+
+def _native_chunks(extra: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many chunks of native text each branch hears of a prompt."""
+    from language_bridge.host.branch_text import MARK
+
+    return tuple(len(text["rows"]) for text in (extra.get(MARK) or {}).values())
+
+
 class Painter:
     """The pocket checkpoint and its bridges in the host's own classes."""
 
@@ -103,13 +121,14 @@ class Painter:
         encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in prompts]
         empty, negative_extra = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0]
         pictures: list[torch.Tensor | None] = [None] * len(prompts)
-        shapes = [(int(text.shape[1]), _native_rows(extra)) for text, extra in encoded]
+        shapes = [(int(text.shape[1]), _native_rows(extra), _native_chunks(extra)) for text, extra in encoded]
         for shape in sorted(set(shapes)):
             where = [i for i, one in enumerate(shapes) if one == shape]
             for start in range(0, len(where), 50):
                 part = where[start : start + 50]
                 # One dict for the batch: the same number of rows is native in each of its prompts.
-                positive = [[torch.cat([encoded[i][0] for i in part]), encoded[part[0]][1]]]
+                rows = torch.cat([encoded[i][0] for i in part])
+                positive = [[rows, _together([encoded[i][1] for i in part])]]
                 negative = [[empty.expand(len(part), -1, -1), negative_extra]]
                 latent = {"samples": torch.zeros(len(part), 4, 8, 8)}
                 out = self.sample(

@@ -85,6 +85,8 @@ class Bridge(nn.Module):
     """Whether row i of the context stands for token i; otherwise rows stand for the text as a whole."""
     hears_padding: ClassVar[bool] = False
     """Whether padding changes the context of real tokens, because the published method has no mask."""
+    beside: ClassVar[bool] = False
+    """Whether the context is for a network beside the U-Net, and `unet_part` gives that network."""
 
     spec: BridgeSpec
 

@@ -4,7 +4,7 @@ metadata  language_bridge            JSON, see BridgeHeader
           language_bridge_encoder    JSON of the tower, when the file holds one
 tensors   bridge.*                   the bridge
           encoder.*, tokenizer       a tower that was itself trained (see encoders.file)
-          unet.*                     cross-attention weights, when the method changes them
+          unet.*                     cross-attention weights, when the method changes them; or a branch
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ METADATA_KEY = "language_bridge"
 PREFIX = "bridge."
 UNET_PREFIX = "unet."
 BASES = ("sd1", "sd2", "sdxl", "pocket")
-UNET_PARTS = ("none", "kv", "attn2", "full")
+BRANCH = "branch"
+"""U-Net part of a bridge whose context is for a network beside the U-Net, which the file holds."""
+UNET_PARTS = ("none", "kv", "attn2", "full", BRANCH)
 
 _OWNER = "bridge"
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..bridges.base import Bridge, BridgeSpec, create, kinds, parse_spec
 from ..bridges.errors import BridgeError
-from ..bridges.file import BridgeHeader, EncoderRef, read_header, save_bridge
+from ..bridges.file import BRANCH, BridgeHeader, EncoderRef, read_header, save_bridge
 from ..encoders import guard
 from ..encoders.base import Encoder, EncoderSpec, create_encoder, families
 from ..encoders.dual import join
@@ -154,7 +154,15 @@ def convert(
     if writes_bridge:
         bridge, extra = _build_bridge(contents.bridge, cast(MethodRow, choice.method), dtype)
     training: dict[str, object] = {}
-    if extra and unet != "full":
+    beside = bridge is not None and bridge.beside
+    if beside and unet != "auto":
+        raise BridgeError(
+            "A branch is a network of its own: no part of a U-Net is taken or left out.",
+            f"U-Net part {unet}",
+            "U-Net part auto",
+            "Convert it without naming a U-Net part.",
+        )
+    if extra and unet != "full" and not beside:
         _require_left_out(extra, unet)
         training, extra = {"unet_complete": False}, {}
     part = None
@@ -177,8 +185,10 @@ def convert(
                 base=method.base,
                 encoder=_reference(choice.tower, digest),
                 languages=method.languages,
-                unet=part.part if part else "full" if extra else "none",
-                training=training | ({"unet": "replace"} if extra else {}) | {"conversion": record},
+                unet=part.part if part else (BRANCH if beside else "full") if extra else "none",
+                training=training
+                | ({"unet": "replace"} if extra and not beside else {})
+                | {"conversion": record},
                 licence=method.licence,
                 source=method.source,
                 name=target.stem,
@@ -212,6 +222,8 @@ def report(written: Sequence[Path]) -> list[str]:
             lines.append(f"  Its text tower {header.encoder.identity!r} was not among the files.")
         if header.training.get("unet") == "own":
             lines.append("  It works only with the checkpoint that the method was published with.")
+        elif header.unet == BRANCH:
+            lines.append("  It is a branch: a network beside the U-Net, which stays as it is.")
         elif header.unet != "none":
             lines.append(f"  It carries {header.unet} of the U-Net ({header.training.get('unet')}).")
         if moved:

@@ -117,6 +117,8 @@ def is_unet(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether there is a U-Net of any make among `shapes`, in one of the two layouts."""
     if any(key.startswith(LDM_PREFIX) for key in shapes):
         return True
+    if "controlnet_mid_block.weight" in shapes:
+        return False  # a ControlNet or a branch has a U-Net's encoder half, under the same names
     return "conv_in.weight" in shapes and any(key.startswith("down_blocks.") for key in shapes)
 
 

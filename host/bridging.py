@@ -16,14 +16,15 @@ import torch
 
 from ..bridges.base import Bridge, kind_class, parse_spec
 from ..bridges.errors import BridgeError
-from ..bridges.file import UNET_PREFIX, BridgeHeader, load_bridge
+from ..bridges.file import BRANCH, UNET_PREFIX, BridgeHeader, load_bridge
 from ..encoders import guard
 from ..encoders.base import Encoder
 from ..encoders.file import load_encoder, read_encoder_header
 from ..prompt import MODES
-from . import carried, folders
+from . import branch, carried, folders
 from .base import NAMES, Base, base_of
 from .borrowed import FAMILY, BorrowedEncoder, BorrowedTower, borrow, refuse
+from .branch_clip import BranchedClip, Voice
 from .cache import EMBEDDINGS
 from .clip import BridgedClip, Speech
 from .pseudo import CLIP_INPUT, SAYS
@@ -41,17 +42,19 @@ _TEMPLATES = {"mulan": {"before": "summarize:"}}
 
 TOWERS: WeakValueDictionary[tuple[str, torch.dtype], NativeTower] = WeakValueDictionary()
 PARTS: WeakValueDictionary[tuple[str, torch.dtype], UnetPart] = WeakValueDictionary()
-"""What living graphs hold, by digest of the bridge and dtype."""
+BRANCHES: WeakValueDictionary[tuple[str, torch.dtype], Any] = WeakValueDictionary()
+"""What living graphs hold, by digest of the bridge and dtype; of branches, the patchers."""
 
 
 def bridge(
     model: Any, clip: Any, name: str, strength: float, route: str, tower: Any = None
-) -> tuple[Any, BridgedClip]:
+) -> tuple[Any, BridgedClip | BranchedClip]:
     """MODEL with what the bridge adds to it (the very same object when that is nothing), and a bridged CLIP.
 
-    name: a bridge of the folders; strength: weight of the native text, > 0; route: one of `prompt.MODES`;
-    tower: a CLIP of the host, for bridges that read one. BridgeError, in words and before sampling, when
-    base, bridge and text tower do not belong together or a file is damaged or missing.
+    name: a bridge of the folders; strength: weight of the native text, > 0, or of a branch's residuals;
+    route: one of `prompt.MODES`; tower: a CLIP of the host, for bridges that read one. BridgeError, in words
+    and before sampling, when base, bridge and text tower do not belong together or a file is damaged or
+    missing.
     """
     if route not in MODES:
         raise BridgeError(
@@ -62,9 +65,15 @@ def bridge(
     header = folders.bridge_header(path)
     _check(header, base, name)
     _check_unet(header, guard.read_layout(path).shapes, model, name)
+    if header.unet != BRANCH and (isinstance(clip, BranchedClip) or branch.branches_of(model)):
+        raise _alone(name)
     files = folders.files_of(name)
     digest = _digest(header, files)
     EMBEDDINGS.claim(name, digest)
+    if header.unet == BRANCH:
+        if isinstance(clip, BridgedClip) or has_addition(model) or tower is not None:
+            raise _alone(name) if tower is None else refuse(header, name)
+        return _branched(model, clip, files, digest, name, strength, route)
     template = _template(header, name)
     lent = borrow(tower, header, name) if header.encoder.family == FAMILY else None
     if lent is None and tower is not None:
@@ -84,7 +93,43 @@ def bridge(
     return (add_to(model, native, part, name) if adds else model), bridged
 
 
-def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -> BridgedClip:
+def _branched(
+    model: Any, clip: Any, files: Sequence[Path], digest: str, name: str, strength: float, route: str
+) -> tuple[Any, BranchedClip]:
+    """MODEL with a branch beside its U-Net and a CLIP that speaks to it; a further branch stands beside."""
+    if any(beside.digest == digest for beside in branch.branches_of(model)):
+        raise BridgeError(
+            "This MODEL has this branch already.",
+            f"{name} twice",
+            "each branch once",
+            "Remove one of the two nodes, or choose another branch in it.",
+        )
+    ops, dtype, unet_dtype = comfy.ops.manual_cast, tower_dtype(), model.model.get_dtype_inference()
+    native, patcher = TOWERS.get((digest, dtype)), BRANCHES.get((digest, unet_dtype))
+    if native is None or patcher is None:
+        loaded = load_bridge(files[0], ops=ops, dtype=dtype)
+        if native is None:
+            encoder = loaded.encoder or load_encoder(files[-1], ops=ops, dtype=dtype)
+            _check_width(encoder, loaded.bridge, name)
+            TOWERS[digest, dtype] = native = NativeTower(encoder, loaded.bridge, digest)
+        if patcher is None:
+            patcher = branch.patcher_of(branch.build(model, loaded.unet, unet_dtype), model)
+            BRANCHES[digest, unet_dtype] = patcher
+    beside = branch.Beside(name, digest, patcher, strength)
+    loras = carried.carried_by(model, clip.patcher)
+    return branch.add_to(model, beside), BranchedClip.over(clip, Voice(native, route, name), loras)
+
+
+def _alone(name: str) -> BridgeError:
+    return BridgeError(
+        "A branch and a bridge of another kind do not go together.",
+        f"{name} behind a Language Bridge node of the other sort",
+        "branches alone, or one other bridge alone",
+        "Use one Language Bridge node for each checkpoint, or further ones with branches only.",
+    )
+
+
+def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -> BridgedClip | BranchedClip:
     """The CLIP of `bridge` alone."""
     return bridge(model, clip, name, strength, route)[1]
 
@@ -151,6 +196,15 @@ def _check(header: BridgeHeader, base: Base, name: str) -> None:
             f"Choose a bridge for {NAMES[base.name]}, or load a checkpoint of {NAMES[header.base]}.",
         )
     context, pooled = header.spec.get("context"), header.spec.get("pooled", 0)
+    if kind_class(header.kind).beside != (header.unet == BRANCH):
+        raise BridgeError(
+            f"The bridge {name} is not whole.",
+            f"kind {header.kind!r} with the U-Net part {header.unet!r}",
+            f"kind 'branch' and the U-Net part {BRANCH!r} together",
+            "Convert or save the bridge again.",
+        )
+    if header.unet == BRANCH:
+        return  # its network reads text of a width of its own
     if context != base.context or pooled not in (0, base.pooled):
         raise BridgeError(
             f"The bridge {name} speaks to another width.",
@@ -173,6 +227,10 @@ def _check(header: BridgeHeader, base: Base, name: str) -> None:
 def _check_unet(header: BridgeHeader, shapes: Mapping[str, tuple[int, ...]], model: Any, name: str) -> None:
     """Refuses a U-Net part that this MODEL cannot take whole, before any weight is read."""
     how = header.training.get("unet")
+    found = {key[len(UNET_PREFIX) :]: shape for key, shape in shapes.items() if key.startswith(UNET_PREFIX)}
+    if header.unet == BRANCH:
+        branch.check(model, found, name)
+        return
     if header.unet == "none":
         if how == OWN:
             _check_own(model, name)
@@ -193,7 +251,6 @@ def _check_unet(header: BridgeHeader, shapes: Mapping[str, tuple[int, ...]], mod
         )
     if header.training.get("unet_complete") is False:
         logging.warning("%s: the method also changed other parts of the U-Net than %s", name, header.unet)
-    found = {key[len(UNET_PREFIX) :]: shape for key, shape in shapes.items() if key.startswith(UNET_PREFIX)}
     expected = part_shapes(model, header.unet)
     if found != expected:
         odd = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import folders
+from .branch import BranchSettings
 from .checkpoint import BridgeCheckpoint
 from .convert import Convert
 from .inspector import PromptInspector
@@ -21,6 +22,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PromptInspector,
     Streams,
     LoraReport,
+    BranchSettings,
 )
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""
 

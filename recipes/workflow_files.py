@@ -30,6 +30,18 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "VAEDecode": ([("samples", "LATENT"), ("vae", "VAE")], [("IMAGE", "IMAGE")]),
     "ImageScaleBy": ([("image", "IMAGE")], [("IMAGE", "IMAGE")]),
     "SaveImage": ([("images", "IMAGE")], []),
+    "LoraLoader": ([("model", "MODEL"), ("clip", "CLIP")], [("MODEL", "MODEL"), ("CLIP", "CLIP")]),
+    "ControlNetLoader": ([], [("CONTROL_NET", "CONTROL_NET")]),
+    "LoadImage": ([], [("IMAGE", "IMAGE"), ("MASK", "MASK")]),
+    "ControlNetApplyAdvanced": (
+        [
+            ("positive", "CONDITIONING"),
+            ("negative", "CONDITIONING"),
+            ("control_net", "CONTROL_NET"),
+            ("image", "IMAGE"),
+        ],
+        [("positive", "CONDITIONING"), ("negative", "CONDITIONING")],
+    ),
 }
 """Inputs that take a link and outputs of each node that the workflows use: (name, type)."""
 
@@ -45,6 +57,10 @@ PLACES: dict[str, tuple[int, int, int, int]] = {
     "save": (1590, 200, 530, 360),
     "streams": (400, 330, 330, 230),
     "inspector": (770, 600, 780, 420),
+    "lora": (400, 600, 330, 130),
+    "control net": (770, 600, 320, 60),
+    "picture": (770, 710, 320, 320),
+    "control": (1230, 600, 320, 190),
 }
 """Left, top, width and height of each node by its title."""
 
@@ -108,6 +124,44 @@ def graph(
         str(number): {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
         for number, (title, kind, inputs) in enumerate(nodes, start=1)
     }
+
+
+def with_lora(api: dict[str, Any], lora: str) -> None:
+    """Puts a LoRA behind the bridge: whoever read MODEL and CLIP there reads them here."""
+    number = str(len(api) + 1)
+    for node in api.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] == "2":
+                node["inputs"][name] = [number, value[1]]
+    inputs = {"model": ["2", 0], "clip": ["2", 1], "lora_name": lora}
+    inputs |= {"strength_model": 0.8, "strength_clip": 0.8}
+    api[number] = {"class_type": "LoraLoader", "inputs": inputs, "_meta": {"title": "lora"}}
+
+
+def with_control(api: dict[str, Any], control: dict[str, str]) -> None:
+    """Puts a ControlNet and its picture between both prompts and the sampler."""
+    loader, picture, apply = (str(len(api) + place) for place in (1, 2, 3))
+    nodes: list[tuple[str, str, str, dict[str, Any]]] = [
+        (loader, "control net", "ControlNetLoader", {"control_net_name": control["net"]}),
+        (picture, "picture", "LoadImage", {"image": control["picture"]}),
+        (
+            apply,
+            "control",
+            "ControlNetApplyAdvanced",
+            {
+                "positive": api["6"]["inputs"]["positive"],
+                "negative": api["6"]["inputs"]["negative"],
+                "control_net": [loader, 0],
+                "image": [picture, 0],
+                "strength": 0.7,
+                "start_percent": 0.0,
+                "end_percent": 0.8,
+            },
+        ),
+    ]
+    api["6"]["inputs"] |= {"positive": [apply, 0], "negative": [apply, 1]}
+    for number, title, kind, inputs in nodes:
+        api[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
 
 
 def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
@@ -188,6 +242,10 @@ def main() -> None:
         api = graph(
             entry["checkpoint"], entry["bridge"], entry["text"], entry["picture"], entry.get("streams")
         )
+        if "lora" in entry:
+            with_lora(api, entry["lora"])
+        if "control" in entry:
+            with_control(api, entry["control"])
         write(FOLDER / "api" / f"{name}.json", api)
         write(FOLDER / f"{name}.json", for_page(api, entry["note"]))
 

@@ -33,6 +33,7 @@ from language_bridge.tests.conversion.layouts import (
     unet_shapes,
 )
 from language_bridge.tests.encoders import toys
+from language_bridge.tests.fixtures.branches import SD15, PublishedBranch
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -183,7 +184,7 @@ def open_clip() -> dict[str, tuple[int, ...]]:
     )
 
 
-HUGE = {f"chinese-clip-vit-huge-patch14{window}" for window in ("", "-64", "-77")}
+HUGE = {f"chinese-clip-vit-huge-patch14{window}" for window in ("", "-64", "-77", "-unmasked")}
 LARGE = {"chinese-clip-vit-large-patch14", "chinese-clip-vit-large-patch14-336px"}
 TAIYI = {f"taiyi-sd-1b-{name}" for name in ("chinese-v0.1", "chinese-v0.1-77", "anime-chinese-v0.1")}
 ALT = {"altdiffusion-m2", "altdiffusion-m9"}
@@ -217,6 +218,7 @@ CASES: dict[str, tuple[Callable[[], Shapes], set[str]]] = {
         {f"omnidiffusion-stage-{stage}" for stage in (1, 2, 3)},
     ),
     "ELLA": (lambda: shapes_of(references.Ella(2048, 768, 64, 6, 320)), ELLA),
+    "BDM1.0": (lambda: shapes_of(PublishedBranch(SD15)), {"bdm-1.0"}),
     "MuLan sd15": (lambda: shapes_of(references.MulanAdapter(4096, 768, 120, 1)), {"mulan-sd15"}),
     "MuLan sd21": (lambda: shapes_of(references.MulanAdapter(4096, 1024, 120, 1)), {"mulan-sd21"}),
     "MuLan sdxl": (

@@ -28,6 +28,7 @@ def nothing_said_before() -> None:
     EMBEDDINGS.clear()
     bridging.TOWERS.clear()
     bridging.PARTS.clear()
+    bridging.BRANCHES.clear()
 
 
 FOLDERS = ("checkpoints", "controlnet", "embeddings", "language_bridges", "loras", "text_encoders")

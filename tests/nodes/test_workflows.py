@@ -13,7 +13,13 @@ import pytest
 from PIL import Image
 
 from language_bridge.harness.server import PromptError
-from language_bridge.tests.fixtures.checkpoints import FAMILIES, write_checkpoint
+from language_bridge.tests.fixtures.branches import TINY, random_branch, write_branch
+from language_bridge.tests.fixtures.checkpoints import (
+    FAMILIES,
+    write_checkpoint,
+    write_controlnet,
+    write_lora,
+)
 from language_bridge.tests.fixtures.towers import TOWER, tiny_bridge, tiny_tower, write_bridge
 from language_bridge.tests.fixtures.workflows import Graph, api_graph
 
@@ -142,6 +148,8 @@ def pixels_of(picture: bytes) -> np.ndarray:
 
 def add_models(graph: Graph, models: Path) -> None:
     """Puts random models where the graph looks for some; what the pack ships stays what it is."""
+    for folder in ("loras", "controlnet"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
     bases: set[str] = set()
     for node in graph.values():
         if "ckpt_name" in node["inputs"]:
@@ -153,9 +161,22 @@ def add_models(graph: Graph, models: Path) -> None:
             bases.add(base)
             if not (models / "checkpoints" / name).exists():
                 write_checkpoint(models / "checkpoints" / name, FAMILIES[base])
+        if "lora_name" in node["inputs"]:
+            write_lora(models / "loras" / node["inputs"]["lora_name"], FAMILIES["sd1"])
+        if "control_net_name" in node["inputs"]:
+            name = Path(node["inputs"]["control_net_name"]).with_suffix(".ckpt").name
+            node["inputs"]["control_net_name"] = name
+            write_controlnet(models / "controlnet" / name, FAMILIES["sd1"])
+        if node["class_type"] == "LoadImage":
+            picture = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
+            picture.save(models.parent / "input" / node["inputs"]["image"])
     for node in graph.values():
         if bases and node["class_type"] == "LanguageBridge":
             (base,) = bases
             path = models / "language_bridges" / node["inputs"]["bridge"]
+            if path.name.startswith("bdm"):
+                tower = tiny_tower("tiny-branch", width=TINY[base].context)
+                write_branch(path, base, tower, random_branch(TINY[base]), inside=True)
+                continue
             tower = tiny_tower(f"{TOWER}-{base}")
             write_bridge(path, base, tiny_bridge("mlp", base, tower), tower, inside=True)
