@@ -1,11 +1,15 @@
 """What ComfyUI-Manager runs after installing the pack: prepares folders, says what is next, installs nothing.
 
-python install.py            prepare the model folder, say what is next
-python install.py list       what weights_manifest.json names
-python install.py verify     compare the shipped files with their hashes
-python install.py doctor     what was found on this machine
-python install.py convert    make published weights into our own files; convert --help says how
-python install.py demo|test  the command to type for it
+python install.py              prepare the model folder, say what is next
+python install.py list         what weights_manifest.json names: shipped, and published elsewhere
+python install.py get ID       fetch a published set, check it, convert it; get --help says how
+python install.py verify [ID]  compare files with their hashes: the shipped and fetched ones, or those of ID
+python install.py doctor       what was found on this machine; with --hosts, which sources answer
+python install.py convert      make published weights into our own files; convert --help says how
+python install.py pin [ID]     for maintainers: fill the manifest from the Hub's own metadata
+python install.py demo|test    the command to type for it
+
+Nothing opens a network connection but get, pin and doctor --hosts.
 """
 
 from __future__ import annotations
@@ -17,18 +21,33 @@ import os
 import re
 import sys
 import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 if __package__:
-    from .manifest.schema import Manifest, parse
-    from .manifest.verify import problems
+    from .manifest import fetch, lock, pin, reach, sources
+    from .manifest.connection import Wire
+    from .manifest.download import Pace, Progress
+    from .manifest.errors import FetchError, Stopped
+    from .manifest.part import ENDING, write_whole
+    from .manifest.schema import DOWNLOADS, Manifest, PublishedSet, RemoteFile, WeightFile, dump, parse
+    from .manifest.verify import Problem, check, problems
 else:
-    from manifest.schema import Manifest, parse
-    from manifest.verify import problems
+    from manifest import fetch, lock, pin, reach, sources
+    from manifest.connection import Wire
+    from manifest.download import Pace, Progress
+    from manifest.errors import FetchError, Stopped
+    from manifest.part import ENDING, write_whole
+    from manifest.schema import DOWNLOADS, Manifest, PublishedSet, RemoteFile, WeightFile, dump, parse
+    from manifest.verify import Problem, check, problems
 
 PACK = Path(__file__).resolve().parent
 MODEL_FOLDER = "language_bridges"
 TOWER_FOLDER = "text_encoders"
+LOOKED_AT = (MODEL_FOLDER, TOWER_FOLDER, DOWNLOADS, "checkpoints", "controlnet", "diffusion_models", "vae")
+"""Folders below models in which `get` looks for a file of known hash before it fetches it."""
 NEEDED = ("torch", "numpy", "PIL", "safetensors", "tokenizers")
 REPORTED = ("torch", "transformers", "tokenizers", "safetensors", "comfyui-frontend-package")
 
@@ -65,28 +84,253 @@ def prepare() -> int:
 
 
 def show_list() -> int:
-    """Print the manifest as a table."""
-    for entry in read_manifest().entries:
-        size = sum(file.bytes for file in entry.files)
-        print(f"{entry.name:28s} {entry.base:7s} {size / 1e6:8.2f} MB  {entry.licence:18s} {entry.about}")
+    """Print the manifest as a table: what ships, then what `get` fetches."""
+    manifest = read_manifest()
+    for entry in manifest.entries:
+        size = f"{sum(file.bytes for file in entry.files) / 1e6:8.2f} MB"
+        print(f"{entry.name:38s} {entry.base:6s} {size}  ships       {entry.licence:29s} {entry.about}")
+    for item in manifest.published:
+        known = [file.most_bytes or 0 for file in item.files]
+        size = f"{sum(known) / 1e6:8.0f} MB" if all(known) else f"{f'> {sum(known) / 1e6:.0f}':>8s} MB"
+        weights = [file for file in item.files if file.is_pickle or file.path.endswith(".safetensors")]
+        state = "verified" if all(file.sha256 for file in weights) else "unverified"
+        if item.by_hand:
+            size, state = " " * 11, "by hand"
+        licence = item.licence or "none declared"
+        print(f"{item.name:38s} {item.base or 'tower':6s} {size}  {state:11s} {licence:29s} {item.about}")
     return 0
 
 
-def verify() -> int:
-    """Hash every file of the manifest; 1 when one is wrong."""
+def verify(name: str = "") -> int:
+    """Hash the shipped files and those that were fetched, or those of one name; 1 when one is wrong.
+
+    Name: a shipped entry, or a published set with all that it needs.
+    """
     manifest = read_manifest()
-    wrong = list(problems(PACK, manifest))
+    entries = tuple(entry for entry in manifest.entries if name in ("", entry.name))
+    wrong = list(problems(PACK, Manifest(entries)))
+    count = sum(len(entry.files) for entry in entries)
+    tree = find_comfyui()
+    try:
+        if name and not entries:
+            wanted = fetch.find(manifest, name)
+            if tree is None:
+                print("This folder is not in a ComfyUI's custom_nodes, and COMFYUI_PATH is not set.")
+                return 1
+            count = sum(len(item.files) for item in manifest.with_needs(wanted))
+            wrong = list(fetch.set_problems(manifest, name, tree / "models"))
+        elif not name and tree is not None:
+            fetched = list(_fetched_problems(manifest, tree / "models"))
+            count += len(fetched)
+            wrong += [problem for problem in fetched if problem is not None]
+    except FetchError as error:
+        print(error, file=sys.stderr)
+        return 1
     for problem in wrong:
         print(problem)
-    count = sum(len(entry.files) for entry in manifest.entries)
     print(f"{count - len(wrong)} of {count} files are as the manifest says")
-    if wrong:
-        print("  what to do: install the pack again; a file was changed, cut off, or is a Git LFS pointer")
+    if wrong and entries:
+        print("  what to do: install the pack again, or fetch the set again: a file was changed, cut off,")
+        print("  or is a Git LFS pointer")
+    elif wrong:
+        print(f"  what to do: python install.py get {name}")
     return int(bool(wrong))
 
 
-def doctor() -> int:
-    """Print versions and places; 1 when something that the pack needs is missing."""
+def _fetched_problems(manifest: Manifest, models: Path) -> Iterator[Problem | None]:
+    """The state of every file that was fetched, and still lies there, and of what was made of it."""
+    known = lock.read_lock(models)
+    places = {file.place: file for item in manifest.published for file in item.files}
+    for place in known.files:
+        if place in places and (models / place).exists():
+            yield fetch.file_problem(places[place], known, models)
+    for made in known.made.values():
+        for item in made:
+            if (models / item.path).exists():
+                yield check(models, WeightFile(item.path, item.bytes, item.sha256))
+
+
+def get(
+    arguments: list[str],
+    *,
+    manifest: Manifest | None = None,
+    wire: Wire | None = None,
+    pace: Pace | None = None,
+) -> int:
+    """Fetch a published set, check it, convert it; 1 when something is refused.
+
+    The keywords are for tests; without them the pack's manifest, and the connections that the environment
+    allows.
+    """
+    options = get_parser().parse_args(arguments)
+    tree = find_comfyui()
+    if tree is None and options.models is None:
+        print("Say where ComfyUI's models folder is (--models DIR): this is not in a ComfyUI's custom_nodes.")
+        return 2
+    models = (options.models or (cast(Path, tree) / "models")).resolve()
+    manifest = manifest or read_manifest()
+    try:
+        wanted = fetch.find(manifest, options.name)
+        if not options.force and _is_made(models, wanted.name):
+            print(f"{wanted.name} was fetched and converted already. To do it again: --force.")
+            return 0
+        converts = wanted.conversion is not None and not options.no_convert
+        if converts and wanted.conversion and wanted.conversion.reference and options.reference is None:
+            print(f"{wanted.name} is compared with {wanted.conversion.reference}.", file=sys.stderr)
+            print("  what to do: name it (--reference FILE), or fetch only (--no-convert)", file=sys.stderr)
+            return 2
+        haul = fetch.fetch_set(
+            manifest,
+            wanted.name,
+            models,
+            agreed=options.agree,
+            trusting=options.trust_first_use,
+            wire=wire,
+            pace=pace,
+            say=print,
+            progress=_progress,
+            look=[*(models / folder for folder in LOOKED_AT), *options.look],
+        )
+        for item in manifest.with_needs(wanted):
+            if item.by_hand:
+                print(f"Not fetched: {item.name}. {item.by_hand}\n  {item.card}")
+        if not converts:
+            return 0
+        return _convert_set(wanted, haul, models, options)
+    except FetchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (Stopped, KeyboardInterrupt):
+        print("\nStopped. What has arrived is kept; the same command goes on.", file=sys.stderr)
+        return 1
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line of get."""
+    parser = argparse.ArgumentParser(
+        prog="install.py get",
+        description="Fetch a published set of weights (install.py list names them), compare it with its "
+        "hashes, and convert it. Order of sources: LANGUAGE_BRIDGE_SOURCES=hub,mirror,modelscope; address of "
+        "the mirror: HF_ENDPOINT.",
+    )
+    parser.add_argument("name", metavar="ID", help="name of the set")
+    parser.add_argument("--agree", action="store_true", help="you have read its licence, and agree")
+    parser.add_argument(
+        "--trust-first-use", action="store_true", help="fetch pickles of which nobody has verified the hash"
+    )
+    parser.add_argument("--models", type=Path, metavar="DIR", help="ComfyUI's models folder")
+    parser.add_argument(
+        "--look",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder with files that you fetched yourself, under whatever names; can be given again",
+    )
+    parser.add_argument("--no-convert", action="store_true", help="fetch and check only")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="checkpoint that the U-Net came from")
+    parser.add_argument("--delta", action="store_true", help="U-Net part as a difference from the reference")
+    parser.add_argument("--half", action="store_true", help="write float16")
+    parser.add_argument("--clean", action="store_true", help="delete what was fetched once it is converted")
+    parser.add_argument("--force", action="store_true", help="do it again, and overwrite what was converted")
+    return parser
+
+
+def _is_made(models: Path, name: str) -> bool:
+    made = lock.read_lock(models).made.get(name, ())
+    return bool(made) and not any(
+        check(models, WeightFile(item.path, item.bytes, item.sha256)) for item in made
+    )
+
+
+def _progress(file: RemoteFile) -> Progress:
+    """A line that is written over on a terminal, and a line for each tenth elsewhere."""
+    shown = [-1]
+
+    def show(done: int, total: int) -> None:
+        step = 100 * done // total if total else done >> 24
+        if step == shown[0] or (not sys.stderr.isatty() and step // 10 == shown[0] // 10):
+            return
+        shown[0] = step
+        text = f"{file.path}: {done / 1e6:.1f} of {f'{total / 1e6:.1f}' if total else '?'} MB"
+        print(text, end="\r" if sys.stderr.isatty() and done != total else "\n", file=sys.stderr)
+
+    return show
+
+
+def _convert_set(wanted: PublishedSet, haul: fetch.Haul, models: Path, options: argparse.Namespace) -> int:
+    conversion = wanted.conversion
+    assert conversion is not None
+    room = _room()
+    if room is None:
+        print("  It is fetched; run the same command there to convert it.")
+        return 1
+    paths = fetch.given_to_converter(wanted, haul.sets, models)
+    try:
+        written = room.convert.convert(
+            paths,
+            models / MODEL_FOLDER,
+            towers=models / TOWER_FOLDER,
+            preset=conversion.preset,
+            reference=options.reference,
+            unet=conversion.unet,
+            form="delta" if options.delta else "replace",
+            name=wanted.name,
+            dtype=room.float16 if options.half else None,
+            overwrite=options.force,
+        )
+    except room.error as error:
+        print(error, file=sys.stderr)
+        return 1
+    for line in room.convert.report(written):
+        print(line)
+    fetch.record_made(models, wanted.name, written)
+    if options.clean:
+        for file, fetched in haul.files:
+            if not file.to:
+                fetched.path.unlink()
+        print("What was fetched is deleted.")
+    else:
+        print(f"What was fetched lies in {models / DOWNLOADS} and is not needed any longer.")
+    return 0
+
+
+def refresh(
+    arguments: list[str], *, path: Path | None = None, wire: Wire | None = None, hub: Any = None
+) -> int:
+    """Fill the manifest from the Hub's metadata; 1 when the Hub contradicts it. Keywords: for tests."""
+    parser = argparse.ArgumentParser(
+        prog="install.py pin",
+        description="Ask the Hub for commit, size and SHA-256 of published files; write what was not known.",
+    )
+    parser.add_argument("name", nargs="?", default="", metavar="ID", help="one set (default: all)")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    path = path or PACK / "weights_manifest.json"
+    try:
+        found = pin.pin(
+            parse(path.read_text(encoding="utf-8")), wire or sources.wire({}), options.name, hub=hub
+        )
+    except FetchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for line in found.lines:
+        print(line)
+    if not options.check:
+        write_whole(path, dump(found.manifest).encode("ascii"))
+    return int(found.contradicted)
+
+
+def doctor(arguments: Sequence[str] = (), *, asked: Any = None, wire: Wire | None = None) -> int:
+    """Print versions, places and sources; 1 when something that the pack needs is missing or wrong.
+
+    With --hosts the sources are asked whether they answer; the keywords are for tests of that.
+    """
+    parser = argparse.ArgumentParser(prog="install.py doctor", description="What was found on this machine.")
+    parser.add_argument(
+        "--hosts", action="store_true", help="ask the sources of downloads whether they answer"
+    )
+    options = parser.parse_args(list(arguments))
     print(f"Python      {sys.version.split()[0]}  {sys.executable}")
     print(f"pack        {PACK}")
     tree = find_comfyui()
@@ -100,27 +344,39 @@ def doctor() -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"missing     {', '.join(missing)}: this Python is not the one that ComfyUI runs in")
-    return int(verify() or bool(missing))
+    if tree is not None:
+        _tell_unfinished(tree / "models")
+    wrong = False
+    try:
+        for source, url in reach.places():
+            print(f"source      {source}: {url}")
+        for reached in reach.reach(wire=wire, asked=asked) if options.hosts else ():
+            print(reached)
+            wrong |= bool(reached.problem)
+    except FetchError as error:
+        print(error)
+        wrong = True
+    return int(verify() or bool(missing) or wrong)
+
+
+def _tell_unfinished(models: Path) -> None:
+    """A line for each download that was begun and not finished, with the command that goes on."""
+    for item in read_manifest().published:
+        for file in item.files:
+            place = models / f"{file.place}{ENDING}"
+            if place.is_file():
+                size = f"{place.stat().st_size / 1e6:.1f} MB"
+                print(f"unfinished  {file.place}, {size} are there: python install.py get {item.name}")
 
 
 def convert(arguments: list[str]) -> int:
     """Convert published weights; 1 when they are refused, 2 when the command line is not understood."""
     options = convert_parser().parse_args(arguments)
-    if importlib.util.find_spec("torch") is None:
-        print(f"torch is missing in {sys.executable}. Run this with the Python that ComfyUI runs in.")
+    room = _room()
+    if room is None:
         return 1
-    if "language_bridge" not in sys.modules:  # let the pack's rooms find each other
-        package = types.ModuleType("language_bridge")
-        package.__path__ = [str(PACK)]
-        sys.modules["language_bridge"] = package
-    import torch
-
-    from language_bridge.bridges.errors import BridgeError  # pyright: ignore[reportMissingImports]
-    from language_bridge.conversion import convert as room  # pyright: ignore[reportMissingImports]
-    from language_bridge.conversion import presets  # pyright: ignore[reportMissingImports]
-
     try:
-        table = presets.read_presets(options.presets) if options.presets else presets.published()
+        table = room.presets.read_presets(options.presets) if options.presets else room.presets.published()
         if options.list:
             for method in table.methods.values():
                 print(f"{method.name:38s} {method.base + ' ' + method.kind:14s} {method.about}")
@@ -132,7 +388,7 @@ def convert(arguments: list[str]) -> int:
             print("Name the files to convert, and --out DIR where this is not in a ComfyUI.")
             return 2
         models = tree / "models" if tree is not None else PACK
-        written = room.convert(
+        written = room.convert.convert(
             options.files,
             options.out or models / MODEL_FOLDER,
             towers=options.out or models / TOWER_FOLDER,
@@ -141,16 +397,44 @@ def convert(arguments: list[str]) -> int:
             unet=options.unet,
             form="delta" if options.delta else "replace",
             name=options.name,
-            dtype=torch.float16 if options.half else None,
+            dtype=room.float16 if options.half else None,
             overwrite=options.force,
             presets=table,
         )
-    except BridgeError as error:
+    except room.error as error:
         print(error, file=sys.stderr)
         return 1
-    for line in room.report(written):
+    for line in room.convert.report(written):
         print(line)
     return 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """What this file needs of the conversion room, which needs torch: two modules, the error, a dtype."""
+
+    convert: Any
+    presets: Any
+    error: type[Exception]
+    float16: Any
+
+
+def _room() -> Room | None:
+    """The conversion room; None, and a line on the console, where there is no torch."""
+    if importlib.util.find_spec("torch") is None:
+        print(f"torch is missing in {sys.executable}. Run this with the Python that ComfyUI runs in.")
+        return None
+    if "language_bridge" not in sys.modules:  # let the pack's rooms find each other
+        package = types.ModuleType("language_bridge")
+        package.__path__ = [str(PACK)]
+        sys.modules["language_bridge"] = package
+    import torch
+
+    from language_bridge.bridges.errors import BridgeError  # pyright: ignore[reportMissingImports]
+    from language_bridge.conversion import convert as converter  # pyright: ignore[reportMissingImports]
+    from language_bridge.conversion import presets  # pyright: ignore[reportMissingImports]
+
+    return Room(converter, presets, BridgeError, torch.float16)
 
 
 def convert_parser() -> argparse.ArgumentParser:
@@ -211,15 +495,18 @@ def _version(name: str) -> str:
         return "-"
 
 
-COMMANDS = {"list": show_list, "verify": verify, "doctor": doctor, "demo": demo, "test": test}
+COMMANDS = {"list": show_list, "verify": verify, "demo": demo, "test": test}
+WITH_ARGUMENTS = {"get": get, "doctor": doctor, "convert": convert, "pin": refresh}
 
 
 def main(arguments: list[str]) -> int:
     """Run one command, or prepare when there is none; returns the exit code."""
     if not arguments:
         return prepare()
-    if arguments[0] == "convert":
-        return convert(arguments[1:])
+    if arguments[0] in WITH_ARGUMENTS:
+        return WITH_ARGUMENTS[arguments[0]](arguments[1:])
+    if arguments[0] == "verify" and len(arguments) == 2:
+        return verify(arguments[1])
     command = COMMANDS.get(arguments[0])
     if command is None or len(arguments) > 1:
         print((__doc__ or "").strip())

@@ -35,6 +35,27 @@ FORBIDDEN_MODULES = {
     "telnetlib",
     "xmlrpc",
 }
+NETWORK_MODULES = {
+    "aiohttp",
+    "http.client",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "imaplib",
+    "modelscope",
+    "nntplib",
+    "poplib",
+    "ssl",
+    "urllib.request",
+    "urllib3",
+    "websocket",
+    "websockets",
+}
+"""What can reach a network, beside those that are forbidden everywhere."""
+NETWORK_FILE = "manifest/connection.py"
+"""The one shipped file that opens connections, when the user asks for a download; nothing else may."""
+NETWORK_ALLOWED = {"http.client", "ssl", "urllib.request"}
+"""What it may import for that: no sockets of its own, no library that is not Python's."""
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 FORBIDDEN_CALLS = {
     "os.system",
@@ -118,7 +139,8 @@ def objections(path: str, source: bytes) -> Iterator[Finding]:
 
 
 def _module(path: str, line: int, name: str, exact: bool = False) -> Iterator[Finding]:
-    for forbidden in FORBIDDEN_MODULES:
+    network = NETWORK_MODULES - (NETWORK_ALLOWED if path == NETWORK_FILE else set())
+    for forbidden in FORBIDDEN_MODULES | network:
         if name == forbidden or (not exact and name.startswith(forbidden + ".")):
             yield Finding(path, line, f"import of {name} is not allowed in shipped files")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import Stopped
 from .schema import Manifest, WeightFile
 
 
@@ -52,10 +53,12 @@ def measure(root: Path, path: str) -> WeightFile:
     return WeightFile(path, (root / path).stat().st_size, sha256(root / path))
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content in hex."""
+def sha256(path: Path, stopped: Callable[[], bool] | None = None) -> str:
+    """SHA-256 of a file's content in hex; Stopped when `stopped`, asked at each MiB, says so."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            if stopped is not None and stopped():
+                raise Stopped(f"{path.name}: while it was hashed")
     return digest.hexdigest()

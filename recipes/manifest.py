@@ -20,14 +20,14 @@ FILE = PACK / "weights_manifest.json"
 
 
 def refreshed(manifest: Manifest) -> Manifest:
-    """The manifest with one entry per shipped asset, old words kept."""
+    """The manifest with one entry per shipped asset, old words and published sets kept."""
     known = {entry.name: entry for entry in manifest.entries}
     entries: list[Entry] = []
     for path in sorted((PACK / "pocket" / "assets").rglob("*.safetensors")):
         fresh = Entry(path.stem, "", "pocket", "GPL-3.0-or-later", "recipes/", ())
         files = (measure(PACK, path.relative_to(PACK).as_posix()),)
         entries.append(replace(known.get(path.stem, fresh), files=files))
-    return Manifest(tuple(entries))
+    return Manifest(tuple(entries), manifest.published)
 
 
 def main() -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from language_bridge.harness.scan import findings, objections
+from language_bridge.harness.scan import NETWORK_FILE, findings, objections
 from language_bridge.harness.server import shipped_files
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -209,6 +211,13 @@ def test_the_self_scan_finds_nothing() -> None:
         "load(trust_remote_code=False)",
         "import base64\nbase64.b64decode('')",
         "text = '\u4e2d'",
+        "import urllib.request",
+        "from urllib import request",
+        "import http.client as h",
+        "from http.client import HTTPSConnection",
+        "import ssl",
+        "import aiohttp.web",
+        "from huggingface_hub import hf_hub_download",
     ],
 )
 def test_the_self_scan_finds_what_a_scanner_would(source: str) -> None:
@@ -220,6 +229,58 @@ def test_the_self_scan_lets_ordinary_code_pass() -> None:
         b"import os, re, torch as t\nre.compile('x')\nx = t.load('x', weights_only=True)\nos.path.join('a')\n"
     )
     assert not list(objections("nodes/x.py", source))
+
+
+# -- the one door to the network -------------------------------------------------------------------
+
+
+def test_one_file_may_open_connections_and_it_may_do_no_more_than_that() -> None:
+    assert not list(objections(NETWORK_FILE, b"import http.client, ssl, urllib.request"))
+    for source in (
+        b"import socket",
+        b"import requests",
+        b"import urllib3",
+        b"import subprocess",
+        b"eval('1')",
+    ):
+        assert list(objections(NETWORK_FILE, source))
+    assert list(objections("manifest/download.py", b"import http.client"))
+
+
+def test_nothing_shipped_loosens_what_may_be_connected_to() -> None:
+    """No subclass of Wire, no second maker of one, no other scheme: tests alone can speak plain http."""
+    for path in shipped_files(CHECKOUT):
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse((CHECKOUT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                assert not {ast.unparse(base).split(".")[-1] for base in node.bases} & {"Wire"}, path
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Wire":
+                assert path.as_posix() == "manifest/sources.py"
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                assert node.attr not in {"scheme", "require", "require_public", "connect"}, path
+    connection = (CHECKOUT / NETWORK_FILE).read_text(encoding="utf-8")
+    assert 'scheme = "https"' in connection and "unverified" not in connection
+
+
+def test_importing_and_listing_touch_no_network(tmp_path: Path) -> None:
+    """Python reports every use of a socket and every name that is looked up; none may come."""
+    source = """
+import sys
+def hook(event, arguments):
+    if event.startswith("socket."):
+        raise SystemExit(f"network: {event} {arguments}")
+sys.addaudithook(hook)
+sys.path.insert(0, sys.argv[1])
+import install
+from manifest import connection, download, fetch, lock, part, pin, schema, sources, verify
+for command in (["list"], ["verify"], ["doctor"], []):
+    install.main(command)
+"""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COMFYUI"))}
+    command = [sys.executable, "-S", "-s", "-E", "-c", source, str(CHECKOUT)]
+    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- what every node comes with --------------------------------------------------------------------

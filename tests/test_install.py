@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from language_bridge.harness.server import install_pack
+
+if TYPE_CHECKING:
+    from language_bridge.manifest.schema import Manifest, RemoteFile
+    from language_bridge.tests.manifest.hub import Hub, LoopbackWire, Request
 
 
 @pytest.fixture
@@ -74,8 +82,9 @@ def test_list_names_every_entry(comfyui: Path, checkout: Path) -> None:
     from language_bridge.manifest.schema import parse
 
     done = install(comfyui, "list")
-    entries = parse((checkout / "weights_manifest.json").read_text(encoding="utf-8")).entries
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [entry.name for entry in entries]
+    manifest = parse((checkout / "weights_manifest.json").read_text(encoding="utf-8"))
+    names = [item.name for item in (*manifest.entries, *manifest.published)]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == names
 
 
 def test_doctor_finds_the_host_and_says_what_is_missing(comfyui: Path) -> None:
@@ -102,7 +111,7 @@ def test_it_imports_the_standard_library_alone_until_something_is_converted(chec
     late = {
         inner
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == "convert"
+        if isinstance(node, ast.FunctionDef) and node.name == "_room"
         for inner in ast.walk(node)
     }
     roots = {
@@ -199,3 +208,181 @@ def test_convert_takes_a_table_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "m.safetensors").is_file()
     table.write_text("{", encoding="utf-8")
     assert script.main(["convert", str(source), "--out", str(tmp_path), "--presets", str(table)]) == 1
+
+
+# -- get, verify, pin ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
+    """A hub on this machine that has PEA-Diffusion's adapter (random), and a manifest that names it."""
+    from language_bridge.manifest import sources
+    from language_bridge.manifest.schema import Conversion, Manifest, PublishedSet, RemoteFile
+    from language_bridge.tests.manifest.hub import LoopbackWire, honest, running
+
+    body = pea_p2(tmp_path / "source.bin").read_bytes()
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("LANGUAGE_BRIDGE_SOURCES", "hub")
+    file = RemoteFile(
+        "who/pea", "main", "pytorch_model.bin", len(body), sha256=hashlib.sha256(body).hexdigest()
+    )
+    card = "https://huggingface.co/who/pea"
+    empty = (".", "sdxl", (), "MIT", "permissive", False, False, card)
+    tower = PublishedSet("tower", *empty, (), (), None, "Fetch it from its page.")
+    conversion = Conversion("pea-sdxl-chinese-clip", ("pytorch_model.bin",))
+    adapter = PublishedSet("mine", *empty, ("tower",), (file,), conversion, "")
+    with running(honest(body)) as hub:
+        monkeypatch.setattr(sources, "HUB", hub.url("").rstrip("/"))
+        yield Offer(Manifest((), (adapter, tower)), LoopbackWire({hub.host}), hub, tmp_path / "models", file)
+
+
+@dataclass
+class Offer:
+    """What a test of get needs: manifest, connections, hub, models folder, the one file."""
+
+    manifest: Manifest
+    wire: LoopbackWire
+    hub: Hub
+    models: Path
+    file: RemoteFile
+
+    def get(self, *arguments: str) -> int:
+        from language_bridge import install as script
+
+        given = ["mine", "--models", str(self.models), *arguments]
+        return script.get(given, manifest=self.manifest, wire=self.wire)
+
+
+def test_get_fetches_checks_and_converts(offer: Offer, capsys: pytest.CaptureFixture[str]) -> None:
+    from language_bridge.bridges.file import read_header
+    from language_bridge.manifest.fetch import set_problems
+
+    assert offer.get() == 0
+    said = capsys.readouterr().out
+    assert "verified" in said and "Not fetched: tower. Fetch it from its page." in said
+    bridge = offer.models / "language_bridges" / "mine.safetensors"
+    header = read_header(bridge)
+    assert header is not None and header.name == "mine"
+    fetched = offer.models / offer.file.place
+    assert fetched.is_file() and "not needed any longer" in said
+    assert offer.get() == 0 and "already" in capsys.readouterr().out and len(offer.hub.log) == 1
+    fetched.unlink()
+    assert not list(set_problems(offer.manifest, "mine", offer.models))
+    bridge.write_bytes(bridge.read_bytes()[:-1] + b"?")
+    assert offer.get("--clean") == 1, "another file lies there"
+    assert "already" in capsys.readouterr().err
+    assert offer.get("--clean", "--force") == 0
+    assert not fetched.exists() and read_header(bridge) == header
+
+
+def test_get_tells_what_is_wrong_and_writes_nothing(offer: Offer, capsys: pytest.CaptureFixture[str]) -> None:
+    from language_bridge import install as script
+    from language_bridge.tests.manifest.hub import honest
+
+    assert script.get(["other", "--models", str(offer.models)], manifest=offer.manifest) == 1
+    assert "one of mine, tower" in capsys.readouterr().err
+    assert script.get(["tower", "--models", str(offer.models)], manifest=offer.manifest) == 1
+    offer.hub.behave = honest(b"x" * offer.file.bytes)
+    assert offer.get() == 1
+    assert "instead of" in capsys.readouterr().err
+    assert not [path for path in offer.models.rglob("*") if path.is_file()]
+
+
+def test_get_may_fetch_without_converting(offer: Offer) -> None:
+    assert offer.get("--no-convert") == 0
+    assert [path.name for path in offer.models.rglob("*") if path.is_file()] == ["lock.json", offer.file.path]
+
+
+def test_get_asks_for_the_reference_before_it_fetches(
+    offer: Offer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = offer.manifest.published
+    assert first.conversion is not None
+    compared = replace(first, conversion=replace(first.conversion, reference="SD 1.4"))
+    offer.manifest = replace(offer.manifest, published=(compared, second))
+    assert offer.get() == 2
+    assert "--reference" in capsys.readouterr().err and not offer.hub.log
+    assert offer.get("--no-convert") == 0
+
+
+def test_doctor_asks_the_sources_only_when_told_to(offer: Offer, capsys: pytest.CaptureFixture[str]) -> None:
+    from language_bridge import install as script
+    from language_bridge.tests.manifest.hub import running
+
+    with running(lambda request: None) as silent:
+        asked = (("hub", offer.hub.url("")), ("mirror", silent.url("")), ("modelscope", "http://example.org"))
+        wire = type(offer.wire)({*offer.wire.hosts, silent.host})
+        script.doctor([], asked=asked, wire=wire)
+        assert not offer.hub.log and "source      hub: http://127.0.0.1" in capsys.readouterr().out
+        assert script.doctor(["--hosts"], asked=asked, wire=wire) == 1
+    assert [request.method for request in offer.hub.log] == ["HEAD"]
+    said = capsys.readouterr().out
+    assert "answers in" in said and said.count("NOT reached") == 2 and "list of hosts" in said
+
+
+def test_doctor_names_a_wrong_variable_and_what_was_not_finished(comfyui: Path) -> None:
+    place = (
+        comfyui / "models" / "language_bridge_downloads" / "OPPOer--PEA-Diffusion" / "pytorch_model.bin.part"
+    )
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"x" * 200_000)
+    done = install(comfyui, "doctor", HF_ENDPOINT="http://hf-mirror.com")
+    assert "HF_ENDPOINT cannot be used" in done.stdout and done.returncode == 1
+    assert "pytorch_model.bin, 0.2 MB are there: python install.py get pea-sdxl" in done.stdout
+
+
+def test_get_without_a_comfyui_asks_for_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    from language_bridge import install as script
+
+    assert script.main(["get", "pea-sdxl-xlm-roberta"]) == 2
+    assert "--models" in capsys.readouterr().out
+
+
+def test_verify_looks_at_what_was_fetched_too(comfyui: Path) -> None:
+    from language_bridge.manifest.lock import Lock, Record, write_lock
+
+    assert "nothing" in install(comfyui, "verify", "mulan-sd15").stdout
+    assert install(comfyui, "verify", "pocket-pea").returncode == 0
+    done = install(comfyui, "verify", "other")
+    assert done.returncode == 1 and "no published set" in done.stderr
+    place = "language_bridge_downloads/mulanai--mulan-lang-adapter/sdxl_aesthetic.pth"
+    path = comfyui / "models" / place
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"abc")
+    key = "mulanai/mulan-lang-adapter@d07b411645172c582f5ca5f90733ba2d14de5d5f/sdxl_aesthetic.pth"
+    record = Record(key, 3, hashlib.sha256(b"abc").hexdigest(), "hub", False, False)
+    write_lock(comfyui / "models", Lock({place: record}))
+    assert install(comfyui, "verify").returncode == 0
+    path.write_bytes(b"abd")
+    done = install(comfyui, "verify")
+    assert done.returncode == 1 and place in done.stdout
+
+
+def test_pin_writes_what_the_hub_tells(
+    offer: Offer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from language_bridge import install as script
+    from language_bridge.manifest.schema import dump, parse
+    from language_bridge.manifest.sources import Address
+    from language_bridge.tests.manifest.hub import COMMIT
+
+    def told(request: Request) -> None:
+        sha = offer.file.sha256
+        more = {"X_Linked_Etag": f'"{sha}"', "X_Linked_Size": str(offer.file.bytes), "X_Repo_Commit": COMMIT}
+        request.reply(302, Location="https://cdn.example/x", **more)
+
+    path = tmp_path / "weights_manifest.json"
+    offer.hub.behave = told
+    options = {"path": path, "wire": offer.wire, "hub": lambda file: Address("hub", offer.hub.url())}
+    unknown = replace(offer.manifest.published[0], files=(replace(offer.file, bytes=0, sha256=""),))
+    path.write_text(
+        dump(replace(offer.manifest, published=(unknown, offer.manifest.published[1]))), encoding="utf-8"
+    )
+    before = path.read_bytes()
+    assert script.refresh(["--check"], **options) == 0 and path.read_bytes() == before
+    assert script.refresh([], **options) == 0
+    assert parse(path.read_text(encoding="utf-8")).published[0].files == (
+        replace(offer.file, revision=COMMIT),
+    )
+    assert offer.file.sha256 in capsys.readouterr().out
