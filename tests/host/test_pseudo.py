@@ -202,7 +202,9 @@ def test_break_begins_a_window(inside: Any) -> None:
     _, clip, _ = inside
     apart = encode(clip, f"{RED_CAT} dog BREAK cat")[0][0]
     assert apart.shape[1] == 154
-    assert torch.equal(apart[:, :77], encode(clip, f"{RED_CAT} dog")[0][0])
+    alone = encode(clip, f"{RED_CAT} dog")[0][0]
+    # Two windows are one batch, and a batch of another size may be summed in another order.
+    torch.testing.assert_close(apart[:, :77], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_node_that_reads_the_tokens_alone_is_told(inside: Any) -> None:
