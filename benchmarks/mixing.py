@@ -39,19 +39,11 @@ def by_word(asked: Caption, rng: np.random.Generator, style: Style) -> Caption:
     return _written(asked, rng, style, [{slots[int(rng.integers(len(slots)))]} for slots in said])
 
 
-def with_names(
-    asked: Caption, names: Sequence[str | None], rng: np.random.Generator, style: Style
-) -> Caption:
-    """A Chinese sentence in which object number i goes by names[i] instead of its shape, where given."""
-    return _written(asked, rng, style, [set() for _ in asked.wanted], names)
-
-
 def _written(
     asked: Caption,
     rng: np.random.Generator,
     style: Style,
     english: Sequence[set[str]],
-    names: Sequence[str | None] = (),
 ) -> Caption:
     rules = captions.grammar()
 
@@ -60,15 +52,13 @@ def _written(
         return options[int(rng.integers(len(options)))]
 
     clauses: list[str] = []
-    for number, (wanted, slots) in enumerate(zip(asked.wanted, english, strict=True)):
+    for wanted, slots in zip(asked.wanted, english, strict=True):
         values: dict[str, str | None] = {}
         for slot in SLOTS:
             value = getattr(wanted, slot)
             language = "en" if slot in slots else "zh"
             word = None if value is None else pick(rules[language][slot][value], style.words)
             values[slot] = f" {word} " if word and slot in slots else word
-        if number < len(names) and names[number] is not None:
-            values["shape"] = f" {names[number]} "
         clauses.append(captions.fill(pick(rules["zh"]["one"], style.patterns), values))
     things = clauses[0] if len(clauses) == 1 else pick(rules["zh"]["join"], style.patterns).join(clauses)
     ground = None if asked.ground is None else pick(rules["zh"]["ground"][asked.ground], style.words)

@@ -189,21 +189,7 @@ def load_bridge(
     With a dtype of 8 bits a tower's linear layers are stored in it; the rest, and the bridge, are float16.
     ledger: what was verified before, which is then neither hashed nor searched for odd numbers again.
     """
-    try:
-        return _load(path, ops, device, dtype, ledger)
-    except guard.Changed:
-        return _load(path, ops, device, dtype, None)
-
-
-def _load(
-    path: StrPath,
-    ops: Ops,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    ledger: Ledger | None,
-) -> LoadedBridge:
-    with guard.open_weights(path, ledger) as weights:
-        return _unpack(weights, ops, device, dtype)
+    return guard.read_weights(path, ledger, lambda weights: _unpack(weights, ops, device, dtype))
 
 
 def _unpack(

@@ -109,20 +109,8 @@ def load_encoder(
 
     ledger: what was verified before, which is then neither hashed nor searched for odd numbers again.
     """
-    try:
-        return _load(path, ops, device, dtype, ledger)
-    except guard.Changed:
-        return _load(path, ops, device, dtype, None)
 
-
-def _load(
-    path: StrPath,
-    ops: Ops,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    ledger: Ledger | None,
-) -> Encoder:
-    with guard.open_weights(path, ledger) as weights:
+    def build(weights: guard.Weights) -> Encoder:
         text = weights.layout.metadata.get(METADATA_KEY)
         if text is None:
             raise BridgeError(
@@ -134,7 +122,9 @@ def _load(
         header = EncoderHeader.from_json(text)
         encoder = unpack_encoder(header, weights, weights, ops=ops, device=device, dtype=dtype)
         weights.settle(header.digest)
-    return encoder
+        return encoder
+
+    return guard.read_weights(path, ledger, build)
 
 
 def pack_encoder(

@@ -57,6 +57,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _AGAIN = "Fetch or save the file again."
 
 Kind = TypeVar("Kind")
+Built = TypeVar("Built")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -268,6 +269,16 @@ def open_weights(path: StrPath, ledger: Ledger | None = None) -> Generator[Weigh
     """
     with _opened(path) as file:
         yield Weights(file, path, ledger)
+
+
+def read_weights(path: StrPath, ledger: Ledger | None, build: Callable[[Weights], Built]) -> Built:
+    """What `build` makes of a file; made again, verifying in full, when the file changes in the meantime."""
+    try:
+        with open_weights(path, ledger) as weights:
+            return build(weights)
+    except Changed:
+        with open_weights(path) as weights:
+            return build(weights)
 
 
 def read_tensors(path: StrPath, layout: Layout) -> dict[str, Tensor]:

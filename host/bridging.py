@@ -129,11 +129,6 @@ def _alone(name: str) -> BridgeError:
     )
 
 
-def bridge_clip(model: Any, clip: Any, name: str, strength: float, route: str) -> BridgedClip | BranchedClip:
-    """The CLIP of `bridge` alone."""
-    return bridge(model, clip, name, strength, route)[1]
-
-
 def _open(
     files: Sequence[Path],
     digest: str,

@@ -58,6 +58,28 @@ class Speech:
     inside: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """What the streams of a prompt are given: native chunks (None: nothing) and the stock tokens.
+
+    spoken: number of English tokens that are not start, end or padding, counted beside native text alone.
+    """
+
+    native: list[Chunk] | None
+    english: dict[str, list[Chunk]]
+    spoken: int = 0
+
+    @property
+    def silent(self) -> bool:
+        """Whether the English stream says nothing, beside native text."""
+        return self.spoken == 0
+
+    def faded(self, joining: Joining) -> dict[str, list[Chunk]]:
+        """The stock tokens as loud as the blend lets them be."""
+        level = joining.levels[1]
+        return self.english if level == 1.0 or self.silent else fade(self.english, level)
+
+
 class BridgedClip(comfy.sd.CLIP):
     """The checkpoint's own CLIP with a native tower beside it.
 
@@ -193,24 +215,19 @@ class BridgedClip(comfy.sd.CLIP):
         joining = self.speech.joining.at_first()
         if self.speech.inside:
             return self._read(tokens, joining, return_pooled, return_dict)
-        native, english = self._heard(tokens, joining)
+        heard = self._heard(tokens, joining, return_pooled == UNPROJECTED)
         tower = self.speech.tower
-        if native is not None and return_pooled == UNPROJECTED:
-            self._refuse_words(native)
-            native = None
-        if native is None:
+        if heard.native is None:
             with tower.at_rest():
-                return super().encode_from_tokens(english, return_pooled, return_dict)
-        asked = self._ask(native, english, joining)
-        if self._silent(english) and not self._needs_english_pooled():
+                return super().encode_from_tokens(heard.english, return_pooled, return_dict)
+        asked = self._ask(heard.native, heard, joining)
+        if heard.silent and not self._needs_english_pooled():
             joined: dict[str, Any] = {"cond": None, "pooled_output": None}
             self.add_hooks_to_dict(joined)
         else:
             with tower.at_rest(tower.knows(asked.ids, asked.masks)):
-                joined = super().encode_from_tokens(
-                    self._faded(english, joining), return_pooled, return_dict=True
-                )
-        self._join(joined, asked, english, joining)
+                joined = super().encode_from_tokens(heard.faded(joining), return_pooled, return_dict=True)
+        self._join(joined, asked, heard, joining)
         if return_dict:
             return joined
         return (joined["cond"], joined["pooled_output"]) if return_pooled else joined["cond"]
@@ -227,9 +244,10 @@ class BridgedClip(comfy.sd.CLIP):
         A blend for a part of the steps makes an entry for each part, as the host's own schedules do.
         """
         joining = self.speech.joining
-        alone = not self._both(tokens)
+        if joining.neutral or not self._both(tokens):
+            joining = joining.at_first()  # which holds for all steps
         entries: list[list[Any]] = []
-        for start, end, here in [(0.0, 1.0, joining.at_first())] if alone else joining.stretches():
+        for start, end, here in joining.stretches():
             other = copy.copy(self)
             other.speech = replace(self.speech, joining=here)
             said = other._scheduled(tokens, unprojected, dict(add_dict or {}), options)
@@ -239,28 +257,24 @@ class BridgedClip(comfy.sd.CLIP):
     def _scheduled(
         self, tokens: Mapping[str, Any], unprojected: bool, extra: dict[str, Any], options: Mapping[str, Any]
     ) -> list[list[Any]]:
-        joining = self.speech.joining
-        hooked = self.patcher.forced_hooks is not None and self.use_clip_schedule
-        if self.speech.inside:
-            return self._read_scheduled(tokens, hooked, unprojected, extra, options)
-        native, english = self._heard(tokens, joining)
-        if native is not None and unprojected:
-            self._refuse_words(native)
-            native = None
-        if native is None or not hooked:
+        joining, tower = self.speech.joining, self.speech.tower
+        if self.patcher.forced_hooks is None or not self.use_clip_schedule:
             # Without a schedule the stock method calls encode_from_tokens, which joins.
-            with self.speech.tower.at_rest(native is None):
-                return super().encode_from_tokens_scheduled(
-                    english if hooked else tokens, unprojected, extra, **options
-                )
-        asked, tower = self._ask(native, english, joining), self.speech.tower
+            return super().encode_from_tokens_scheduled(tokens, unprojected, extra, **options)
+        if self.speech.inside:
+            return self._read_scheduled(tokens, unprojected, extra, options)
+        heard = self._heard(tokens, joining, unprojected)
+        if heard.native is None:
+            with tower.at_rest():
+                return super().encode_from_tokens_scheduled(heard.english, unprojected, extra, **options)
+        asked = self._ask(heard.native, heard, joining)
         with tower.at_rest(tower.knows(asked.ids, asked.masks)):
             scheduled = super().encode_from_tokens_scheduled(
-                self._faded(english, joining), unprojected, extra, **options
+                heard.faded(joining), unprojected, extra, **options
             )
         for entry in scheduled:
             joined: dict[str, Any] = {"cond": entry[0], "pooled_output": entry[1].get("pooled_output")}
-            self._join(joined, asked, english, joining)
+            self._join(joined, asked, heard, joining)
             entry[0] = joined.pop("cond")
             entry[1].update(joined)
         return scheduled
@@ -273,7 +287,7 @@ class BridgedClip(comfy.sd.CLIP):
                 pseudo.both(chunks, empty[key][0]) for key, chunks in tokens.items() if key in empty
             )
         native, english = _split(tokens)
-        return native is not None and not self._silent(english)
+        return native is not None and self._spoken(english) > 0
 
     def _read(
         self, tokens: Mapping[str, Any], joining: Joining, return_pooled: Any, return_dict: bool
@@ -293,14 +307,11 @@ class BridgedClip(comfy.sd.CLIP):
     def _read_scheduled(
         self,
         tokens: Mapping[str, Any],
-        hooked: bool,
         unprojected: bool,
         extra: dict[str, Any],
         options: Mapping[str, Any],
     ) -> list[list[Any]]:
         stock, joining = super().encode_from_tokens_scheduled, self.speech.joining
-        if not hooked:
-            return stock(tokens, unprojected, extra, **options)
         ways = self._ways(tokens, joining)
         with self.speech.tower.at_rest():
             said = [stock(way, unprojected, dict(extra), **options) for way in ways]
@@ -334,37 +345,37 @@ class BridgedClip(comfy.sd.CLIP):
         strength = self.speech.strength
         return [{key: pseudo.fill(value, say, strength) for key, value in way.items()} for way in ways]
 
-    def _heard(
-        self, tokens: Mapping[str, Any], joining: Joining
-    ) -> tuple[list[Chunk] | None, dict[str, list[Chunk]]]:
-        """Native chunks, or None, and English ones: of two that speak, a blend of 0 or 1 leaves one."""
+    def _heard(self, tokens: Mapping[str, Any], joining: Joining, unprojected: bool) -> Heard:
+        """What both streams are given: of two that speak, a blend of 0 or 1 leaves one.
+
+        unprojected: nothing native may be said, so that BridgeError is raised when there are native words.
+        """
         native, english = _split(tokens)
-        if native is None or joining.blend not in (0.0, 1.0) or self._silent(english):
-            return native, english
+        if native is not None and unprojected:
+            self._refuse_words(native)
+            native = None
+        if native is None:
+            return Heard(None, english)
+        spoken = self._spoken(english)
+        if not spoken or joining.blend not in (0.0, 1.0):
+            return Heard(native, english, spoken)
         if joining.blend == 0.0:
-            return (native, english) if self._wordless(native) else (None, english)
-        return native, {key: value for key, value in self._empty().items() if key in english}
+            return Heard(native, english, spoken) if self._wordless(native) else Heard(None, english)
+        return Heard(native, {key: value for key, value in self._empty().items() if key in english})
 
     def _wordless(self, native: list[Chunk]) -> bool:
         return not bool(ask(self.speech.tower.words, native).weights.word.any())
 
-    def _faded(self, english: dict[str, list[Chunk]], joining: Joining) -> dict[str, list[Chunk]]:
-        level = joining.levels[1]
-        return english if level == 1.0 or self._silent(english) else fade(english, level)
-
-    def _join(
-        self, joined: dict[str, Any], asked: Asked, english: Mapping[str, list[Chunk]], joining: Joining
-    ) -> None:
+    def _join(self, joined: dict[str, Any], asked: Asked, heard: Heard, joining: Joining) -> None:
         """Puts native rows in front of the English rows of `joined`; mixes pooled by share of tokens.
 
         A bridge that the MODEL goes on with leaves its `MARK`.
         """
         said, context, pooled = self._speak(asked)
         speech, native = self.speech, context.shape[1]
-        silent = self._silent(english)
-        if not silent:
+        if not heard.silent:
             own_rows: Tensor = joined["cond"]
-            shared = self._share(context, own_rows, asked, english) if joining.join == SHARED else None
+            shared = self._share(context, own_rows, asked, heard) if joining.join == SHARED else None
             context, native = shared or append(context, own_rows)
         if speech.marks:
             mark = Mark(speech.tower.digest, native)
@@ -375,23 +386,21 @@ class BridgedClip(comfy.sd.CLIP):
         own = joined["pooled_output"]
         if pooled is not None and own is not None and own.shape == pooled.shape:
             spoken = int(asked.weights.word.sum())
-            share = 1.0 if silent else joining.share(spoken, self._spoken(english))
+            share = 1.0 if heard.silent else joining.share(spoken, heard.spoken)
             pooled = share * pooled + (1 - share) * own.to(pooled)
         if own is None and pooled is None and not self.speech.base.pooled:
             # The stock CLIP gives one, which nodes that stack prompts count on and no such U-Net reads.
             pooled = torch.zeros(len(context), self.speech.base.context).to(context)
         joined["pooled_output"] = own if pooled is None else pooled
 
-    def _share(
-        self, native: Tensor, own: Tensor, asked: Asked, english: Mapping[str, list[Chunk]]
-    ) -> tuple[Tensor, int] | None:
+    def _share(self, native: Tensor, own: Tensor, asked: Asked, heard: Heard) -> tuple[Tensor, int] | None:
         """One window for both streams; None where rows do not stand for tokens, which no padding tells of."""
         if not self.speech.tower.bridge.tokenwise:
             return None
         word = asked.weights.word
         fill = self.speech.tower.words.frame([])[0].mode().values
         quiet = ((asked.ids[: len(word)] == fill) & ~word).flatten()
-        empty = self._empty()
+        empty, english = self._empty(), heard.english
         keys = [key for key in self.speech.base.keys if key in english]
         rests: list[list[bool]] = []
         for key in keys:
@@ -409,7 +418,7 @@ class BridgedClip(comfy.sd.CLIP):
             return None
         return share_window(
             Rows(native, quiet, int(word.sum())),
-            Rows(own, rest, self._spoken(english)),
+            Rows(own, rest, heard.spoken),
             window,
             2 if asked.weights.pairs else 1,
         )
@@ -424,8 +433,8 @@ class BridgedClip(comfy.sd.CLIP):
                 "Write the text of the box in English; the prompt itself may stay as it is.",
             )
 
-    def _ask(self, native: list[Chunk], english: Mapping[str, list[Chunk]], joining: Joining) -> Asked:
-        level = 1.0 if self._silent(english) else joining.levels[0]
+    def _ask(self, native: list[Chunk], heard: Heard, joining: Joining) -> Asked:
+        level = 1.0 if heard.silent else joining.levels[0]
         pairs = bool(self.patcher.model_options.get(NEGPIP))
         return ask(self.speech.tower.words, native, self.speech.strength, level, pairs=pairs)
 
@@ -450,10 +459,6 @@ class BridgedClip(comfy.sd.CLIP):
 
     def _needs_english_pooled(self) -> bool:
         return self.speech.base.pooled > 0 and not self.speech.tower.bridge.spec.pooled
-
-    def _silent(self, english: Mapping[str, list[Chunk]]) -> bool:
-        """Whether the English stream says nothing, beside native text."""
-        return self._spoken(english) == 0
 
     def _empty(self) -> dict[str, list[Chunk]]:
         """The stock tokens of the empty prompt."""

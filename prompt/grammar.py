@@ -28,9 +28,6 @@ from typing import Literal
 
 from .letters import has_native
 
-FULL_WIDTH_SHIFT = 0xFEE0
-"""From an ASCII character "!" to "~" to its full-width form."""
-
 ChangeReason = Literal["full width", "CJK punctuation", "curly quote", "weight", "mark", "escape"]
 
 _CJK = {0x3000: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]"}
