@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..bridges.base import Bridge, Cond, Hidden
 from ..bridges.errors import BridgeError
@@ -207,7 +207,7 @@ class IapMethod(_ThroughBackbone):
 
     def loss(self, batch: Batch, empty: Batch, draw: Draw, taught: tuple[Tensor, ...]) -> Loss:
         said = self.student.speak(batch, empty, draw)
-        with torch.autocast(said.context.device.type, enabled=False):
+        with autocast(said.context.device.type, enabled=False):
             return self.objective(taught, said.context.float(), _english(batch, empty, draw))
 
     def record(self) -> dict[str, object]:

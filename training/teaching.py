@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 
 from ..bridges.errors import BridgeError
+from .bank import Damaged
 from .chance import Draw
 from .settings import Settings
 from .source import Batch, Memory, Source
@@ -42,11 +44,13 @@ class Teaching:
             shapes = self._shapes_of(batch, draw)
             keys = [self._key(draw, place) for place in range(len(draw.numbers))]
             memory = self._memory(sum(each.numel() for each in shapes))
-            lacking = set(keys if memory is None else memory.missing(keys))
-            places = [place for place, key in enumerate(keys) if key in lacking]
+            kind = draw.timestep.device.type
+            with autocast(kind, enabled=False):  # it has no rule for stacking half precision on a CPU
+                known = _held(memory, keys)
+            places = [place for place, key in enumerate(keys) if key not in known]
             told = self._teach(_rows(batch, places), _chosen(draw, places)) if places else ()
-            with torch.autocast(draw.timestep.device.type, enabled=False):
-                rows = self._kept(memory, keys, places, told).to(draw.timestep.device).float()
+            with autocast(kind, enabled=False):
+                rows = self._kept(memory, known, keys, places, told).to(draw.timestep.device).float()
             return _parts(rows, shapes)
 
     def _shapes_of(self, batch: Batch, draw: Draw) -> list[torch.Size]:
@@ -63,26 +67,28 @@ class Teaching:
         return self._memories[length]
 
     def _kept(
-        self, memory: Memory | None, keys: list[str], places: list[int], told: tuple[Tensor, ...]
+        self,
+        memory: Memory | None,
+        known: dict[str, Tensor],
+        keys: list[str],
+        places: list[int],
+        told: tuple[Tensor, ...],
     ) -> Tensor:
         """Rows [B, length] in half precision: those just told, which are kept, and those known before."""
-        said: dict[str, Tensor] = {}
-        if places:
-            flat = torch.cat([each.flatten(1) for each in told], dim=1).to(_STORED)
-            if not bool(torch.isfinite(flat).all()):
-                raise BridgeError(
-                    "What the U-Net says cannot be kept.",
-                    "numbers beyond half precision",
-                    "numbers up to 65504",
-                    "Train without fixed draws (draws = 0).",
-                )
-            said = dict(zip([keys[place] for place in places], flat.cpu(), strict=True))
-            if memory is not None:
-                memory.put(list(said), torch.stack(list(said.values())))
-        known = [key for key in dict.fromkeys(keys) if key not in said]
-        if known and memory is not None:
-            said |= dict(zip(known, memory.get(known), strict=True))
-        return torch.stack([said[key] for key in keys])
+        if not places:
+            return torch.stack([known[key] for key in keys])
+        flat = torch.cat([each.flatten(1) for each in told], dim=1).to(_STORED)
+        if not bool(torch.isfinite(flat).all()):
+            raise BridgeError(
+                "What the U-Net says cannot be kept.",
+                "numbers beyond half precision",
+                "numbers up to 65504",
+                "Train without fixed draws (draws = 0).",
+            )
+        said = dict(zip([keys[place] for place in places], flat.cpu(), strict=True))
+        if memory is not None:
+            memory.put(list(said), torch.stack(list(said.values())))
+        return torch.stack([known[key] if key in known else said[key] for key in keys])
 
     def _key(self, draw: Draw, place: int) -> str:
         assert draw.fixed is not None and draw.noise is not None
@@ -99,6 +105,20 @@ class Teaching:
             tuple(draw.noise.shape[1:]),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _held(memory: Memory | None, keys: list[str]) -> dict[str, Tensor]:
+    """What a memory holds of these keys; records that the disk has damaged count as not held."""
+    if memory is None:
+        return {}
+    lacking = set(memory.missing(keys))
+    while True:
+        held = [key for key in dict.fromkeys(keys) if key not in lacking]
+        try:
+            return dict(zip(held, memory.get(held), strict=True)) if held else {}
+        except Damaged as error:
+            logging.warning("%s", error)
+            lacking |= set(error.keys)
 
 
 def _rows(batch: Batch, places: list[int]) -> Batch:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 
 from ..bridges.errors import BridgeError
 from . import checkpoint
@@ -184,6 +184,8 @@ class Trainer:
         saved = None if self.run is None else checkpoint.latest(self.run)
         if saved is None:
             return 0
+        for skipped in saved.skipped:
+            logging.warning("a checkpoint of this run is damaged and left out: %s", skipped)
         self._agree(cast("dict[str, object]", saved.facts.get("settings", {})), saved.facts)
         weights = saved.tensors["weights"]
         if _shapes(weights) != _shapes(self.weights):
@@ -199,8 +201,8 @@ class Trainer:
             torch.cuda.set_rng_state(saved.tensors["random"]["cuda"], self.device)
         facts = cast("dict[str, Any]", saved.facts)
         self.step = self._saved_at = saved.step
-        self.history = [(int(at), float(loss)) for at, loss in facts["history"]]
-        self.held_out = [(int(at), float(loss)) for at, loss in facts["held_out"]]
+        self.history = _curve(saved.tensors["curves"], "loss")
+        self.held_out = _curve(saved.tensors["curves"], "held_out")
         self._scale, self._good = float(facts["scale"]), int(facts["good"])
         self.order.seek(self.step, facts["position"])
         return self.step
@@ -262,6 +264,10 @@ class Trainer:
             "weights": {name: each.detach() for name, each in self.weights.items()},
             "optimiser": self.optimiser.tensors(),
             "random": random,
+            "curves": {
+                "loss": torch.tensor(self.history, dtype=torch.float64),
+                "held_out": torch.tensor(self.held_out, dtype=torch.float64),
+            },
         }
         if self.average is not None:
             tensors["average"] = self.average.tensors()
@@ -272,8 +278,6 @@ class Trainer:
             "about": self.facts,
             "optimiser": self.optimiser.facts(),
             "position": self.order.position(self.step),
-            "history": self.history,
-            "held_out": self.held_out,
             "scale": self._scale,
             "good": self._good,
         }
@@ -348,7 +352,7 @@ class Trainer:
     def _loss(self, draw: Draw) -> Loss:
         batch = self.source.batch(draw)
         dtype = _DTYPES.get(self.settings.precision)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with autocast(self.device.type, dtype, enabled=dtype is not None):
             taught = () if self._teaching is None else self._teaching.of(batch, draw)
             return self.method.loss(batch, self.empty, draw, taught)
 
@@ -433,3 +437,7 @@ class Trainer:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: each.shape for name, each in tensors.items()}
+
+
+def _curve(curves: Mapping[str, Tensor], name: str) -> list[tuple[int, float]]:
+    return [(int(step), float(loss)) for step, loss in curves[name].reshape(-1, 2)]
