@@ -152,7 +152,8 @@ class PeaMethod(_ThroughBackbone):
 
     def loss(self, batch: Batch, empty: Batch, draw: Draw, taught: tuple[Tensor, ...]) -> Loss:
         said = self.student.speak(batch, empty, draw)
-        return self.objective(said.context, self._batch(batch, empty, draw), said.pooled, taught)
+        pooled = batch.english_pooled if said.pooled is None else said.pooled
+        return self.objective(said.context, self._batch(batch, empty, draw), pooled, taught)
 
     def record(self) -> dict[str, object]:
         return {"objective": self.name, "weight": self.weight}
@@ -208,7 +209,8 @@ class IapMethod(_ThroughBackbone):
     def loss(self, batch: Batch, empty: Batch, draw: Draw, taught: tuple[Tensor, ...]) -> Loss:
         said = self.student.speak(batch, empty, draw)
         with autocast(said.context.device.type, enabled=False):
-            return self.objective(taught, said.context.float(), _english(batch, empty, draw))
+            queries = [each.float() for each in taught]
+            return self.objective(queries, said.context.float(), _english(batch, empty, draw))
 
     def record(self) -> dict[str, object]:
         settings = self.objective.settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -145,6 +146,8 @@ class Trainer:
         self.step: int = 0
         self.history: list[tuple[int, float]] = []
         self.held_out: list[tuple[int, float]] = []
+        self.cpu_seconds = 0.0
+        """Processor time of all steps so far, measurements and checkpoints included."""
         self.micro = settings.batch
         self.retries = 0
         self.chance = Chance(settings)
@@ -204,6 +207,7 @@ class Trainer:
         self.history = _curve(saved.tensors["curves"], "loss")
         self.held_out = _curve(saved.tensors["curves"], "held_out")
         self._scale, self._good = float(facts["scale"]), int(facts["good"])
+        self.cpu_seconds = float(facts["cpu_seconds"])
         self.order.seek(self.step, facts["position"])
         return self.step
 
@@ -215,7 +219,7 @@ class Trainer:
         settings = self.settings
         try:
             while self.step < settings.steps and not self._finish:
-                started = time.perf_counter()
+                started, began = time.perf_counter(), time.process_time()
                 report = self._one(started)
                 step = report.step
                 if self.ranks.index == 0:
@@ -226,6 +230,7 @@ class Trainer:
                     report = replace(report, held_out=self.validate())
                 if settings.save_every and step % settings.save_every == 0:
                     report = replace(report, saved=self.save())
+                self.cpu_seconds += time.process_time() - began
                 yield report
         finally:
             if self._whole and self.step != self._saved_at and self.step > 0:
@@ -265,8 +270,8 @@ class Trainer:
             "optimiser": self.optimiser.tensors(),
             "random": random,
             "curves": {
-                "loss": torch.tensor(self.history, dtype=torch.float64),
-                "held_out": torch.tensor(self.held_out, dtype=torch.float64),
+                "loss": _points(self.history),
+                "held_out": _points(self.held_out),
             },
         }
         if self.average is not None:
@@ -280,6 +285,7 @@ class Trainer:
             "position": self.order.position(self.step),
             "scale": self._scale,
             "good": self._good,
+            "cpu_seconds": self.cpu_seconds,
         }
         written = checkpoint.save(self.run, self.step, tensors, facts, keep=self.settings.keep)
         self._saved_at = self.step
@@ -441,3 +447,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 def _curve(curves: Mapping[str, Tensor], name: str) -> list[tuple[int, float]]:
     return [(int(step), float(loss)) for step, loss in curves[name].reshape(-1, 2)]
+
+
+def _points(curve: Sequence[tuple[int, float]]) -> Tensor:
+    """Steps and losses [N, 2]; a loss that is no number is left out, because no file of ours holds one."""
+    return torch.tensor([point for point in curve if math.isfinite(point[1])], dtype=torch.float64)
