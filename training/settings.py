@@ -33,7 +33,7 @@ class Settings:
     accumulation: int = 1
     learning_rate: float = 1e-4
     warmup: int = 100
-    schedule: str = "constant"
+    schedule: str = "cosine"
     optimiser: str = "AdamW"
     weight_decay: float = 0.0
     clip: float = 1.0

@@ -141,11 +141,11 @@ def test_no_room_for_one_example_is_said_plainly_and_loses_nothing(unet: Any, tm
     assert saved is not None and saved.step == 2
 
 
-@pytest.mark.parametrize("call", range(1, 13))
+@pytest.mark.parametrize("call", range(1, 25))
 def test_cancel_at_any_poll_keeps_the_last_whole_step(call: int, unet: Any, tmp_path: Path) -> None:
-    """Two micro-batches a step, six steps: each poll is a place to cancel at."""
-    settings: dict[str, Any] = {"batch": 2, "accumulation": 2}
-    expected = finished(trainer_of("pea", unet, **settings))
+    """Four micro-batches a step, six steps: each poll is a place to cancel at."""
+    settings: dict[str, Any] = {"batch": 1, "accumulation": 4}
+    expected = finished(trainer_of("align", unet, **settings))
     polls = 0
 
     def poll() -> None:
@@ -155,9 +155,9 @@ def test_cancel_at_any_poll_keeps_the_last_whole_step(call: int, unet: Any, tmp_
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        finished(trainer_of("pea", unet, tmp_path, poll=poll, **settings))
-    again = trainer_of("pea", unet, tmp_path, **settings)
-    assert again.resume() == (call - 1) // 2
+        finished(trainer_of("align", unet, tmp_path, poll=poll, **settings))
+    again = trainer_of("align", unet, tmp_path, **settings)
+    assert again.resume() == (call - 1) // 4
     assert_equal(finished(again), expected)
 
 

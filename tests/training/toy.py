@@ -99,7 +99,8 @@ class Beside(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        self.net = nn.Linear(HIDDEN, 4)
+        ops: Any = nn
+        self.net = ops.Linear(HIDDEN, 4)
 
     def __call__(self, noisy: Tensor, timestep: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
         english = torch.zeros(len(noisy), ROWS, CONTEXT)
