@@ -109,7 +109,7 @@ METHODS: dict[str, tuple[Stage, ...]] = {
     ),
     "iap": (
         Stage(
-            900,
+            700,
             {
                 "objective": "iap",
                 "dataset": PICTURES,

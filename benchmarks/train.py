@@ -1,6 +1,6 @@
 """What training costs here, beside the same training as PEA-Diffusion's authors have built theirs.
 
-    python bootstrap.py run benchmarks/train.py [--json] [--rounds N] [--size PIXELS] [--batch N] [--small]
+    python bootstrap.py run benchmarks/train.py [--json] [--rounds N] [--size PIXELS] [--small] [--node]
 
 Keys, each from one run in which the sides take turns:
 pea_speedup         samples per second here, over those of the plain training; here latents, texts and what
@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,7 @@ def _most(step: Callable[[], object], weights: int) -> int:
 
 
 def measure(rounds: int, size: int, batch: int, small: bool) -> dict[str, Any]:
-    """Everything but the node."""
+    """Our training beside the plain one."""
     world = World(size, small)
     settings = Settings(steps=10**6, batch=batch, learning_rate=1e-5, warmup=0, draws=1, save_every=0)
     fresh = Settings(steps=10**6, batch=batch, learning_rate=1e-5, warmup=0, save_every=0)
@@ -301,6 +302,77 @@ def measure(rounds: int, size: int, batch: int, small: bool) -> dict[str, Any]:
     return found
 
 
+def in_the_node(steps: int) -> dict[str, Any]:
+    """What the node adds to a step, in the pocket world: every step is done once there and once bare.
+
+    There: everything from one report of the trainer to the next, the node's own doing included. Bare: batch,
+    loss, gradients, clipping and AdamW in a plain loop, over the same banks and the same U-Net.
+    """
+    from language_bridge.host import training
+    from language_bridge.host.folders import register
+    from language_bridge.host.pocket import load_pocket
+    from language_bridge.host.pocket_scenes import scenes
+    from language_bridge.nodes.training import Train
+
+    spent: dict[str, list[float]] = {"node": [], "bare": []}
+
+    class Turns(Trainer):
+        """Measures both sides in turns."""
+
+        def train(self) -> Iterator[Any]:
+            weights = list(self.weights.values())
+            optimiser = torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.0)
+            reports = super().train()
+            for step in range(self.settings.steps):
+                began = time.process_time()
+                yield next(reports)
+                spent["node"].append(time.process_time() - began)
+                began = time.process_time()
+                numbers = self.order.at(step)
+                draw = self.chance.at(step, numbers, self.source.shape(numbers[0]))
+                self.method.loss(
+                    self.source.batch(draw),
+                    self.empty,
+                    draw,
+                    self.method.teach(self.source.batch(draw), draw, self.empty),
+                ).total.backward()
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimiser.step()
+                optimiser.zero_grad()
+                spent["bare"].append(time.process_time() - began)
+
+    register()
+    training.Trainer = Turns
+    hidden: Any = types.SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
+    Train.hidden = hidden  # what the host sets before it runs a node
+    model, clip, vae = load_pocket()
+    defaults = {each.id: each.default for each in Train.define_schema().inputs if hasattr(each, "default")}
+    given: dict[str, Any] = defaults | {
+        "objective": "pea",
+        "tower": "pocket-zh",
+        "run": f"bench {time.time_ns()}",
+        "resume": False,
+        "steps": steps,
+        "batch": 32,
+        "resolution": 64,
+        "precision": "fp32",
+        "save_every": 0,
+        "sample_every": 0,
+        "validate_every": 0,
+    }
+    given |= {"model": model, "clip": clip, "vae": vae, "dataset": scenes(256, 0)}
+    with torch.inference_mode():
+        Train.execute(
+            **{name: given[name] for name in given if name not in ("trained", "settings", "options")}
+        )
+    pairs = list(zip(spent["node"], spent["bare"], strict=True))[5:]  # the first ones warm up
+    return {
+        "node_overhead": statistics.median(a / b for a, b in pairs) - 1,
+        "node_ms": round(1000 * statistics.median(a for a, _ in pairs), 2),
+        "bare_ms": round(1000 * statistics.median(b for _, b in pairs), 2),
+    }
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser()
@@ -309,6 +381,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels of the pictures")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a thin U-Net")
+    parser.add_argument("--steps", type=int, default=60, help="inside the node")
+    parser.add_argument("--node", action="store_true", help="the node alone")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     from language_bridge.recipes.pocket_world import prepare_host
@@ -316,7 +390,9 @@ def main() -> None:
     prepare_host()
     torch.set_num_threads(options.threads)
     started = time.time()
-    found = measure(options.rounds, options.size, options.batch, options.small)
+    found = in_the_node(options.steps)
+    if not options.node:
+        found |= measure(options.rounds, options.size, options.batch, options.small)
     found["minutes"] = round((time.time() - started) / 60, 1)
     if options.json:
         print(json.dumps(found))

@@ -10,7 +10,8 @@ from ..bridges.errors import BridgeError
 NAMES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", "pocket": "the pocket world"}
 """What people call each base."""
 
-_BY_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl", 96: "pocket"}
+BASE_OF_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl", 96: "pocket"}
+"""Width of the text rows that a U-Net reads -> base."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,29 @@ class Base:
 
 def base_of(model: Any, clip: Any) -> Base:
     """The base of a MODEL and its CLIP; BridgeError when one is not ours or they do not fit."""
-    text = _text_side(clip)
+    text = base_of_clip(clip)
     config = getattr(getattr(model, "model", None), "model_config", None)
     unet: dict[str, Any] = getattr(config, "unet_config", None) or {}
     context = unet.get("context_dim")
-    if context not in _BY_CONTEXT:
+    if context not in BASE_OF_CONTEXT:
         raise BridgeError(
             "Language Bridge cannot work on this MODEL.",
             f"{type(getattr(model, 'model', model)).__name__} that reads text rows of width {context}",
             "a Stable Diffusion 1.x, 2.x or SDXL base model (768, 1024 or 2048 wide)",
             "Load an SD1.x, SD2.x or SDXL checkpoint in front of this node.",
         )
-    if _BY_CONTEXT[context] != text.name:
+    if BASE_OF_CONTEXT[context] != text.name:
         raise BridgeError(
             "MODEL and CLIP do not belong together.",
-            f"a MODEL of {NAMES[_BY_CONTEXT[context]]} and a CLIP of {NAMES[text.name]}",
+            f"a MODEL of {NAMES[BASE_OF_CONTEXT[context]]} and a CLIP of {NAMES[text.name]}",
             "both of the same base model",
             "Connect both outputs of the same checkpoint loader.",
         )
     return text
 
 
-def _text_side(clip: Any) -> Base:
+def base_of_clip(clip: Any) -> Base:
+    """The base that a CLIP belongs to; BridgeError when it is none of ours."""
     towers = getattr(clip, "cond_stage_model", None)
     has = {key: getattr(towers, f"clip_{key}", None) for key in ("l", "g", "h")}
     if has["l"] is not None and has["g"] is not None:

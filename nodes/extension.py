@@ -5,14 +5,18 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import folders
+from . import finish
 from .branch import BranchSettings
 from .checkpoint import BridgeCheckpoint
 from .convert import Convert
+from .dataset import LanguageBridgeDataset, LanguageBridgeDatasetFromLists
 from .inspector import PromptInspector
 from .language_bridge import LanguageBridge
 from .lora_report import LoraReport
 from .pocket_checkpoint import PocketCheckpoint
+from .pocket_dataset import PocketDataset
 from .streams import Streams
+from .training import ObjectiveOptions, Save, Train, TrainingSettings
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     LanguageBridge,
@@ -23,6 +27,13 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     Streams,
     LoraReport,
     BranchSettings,
+    LanguageBridgeDataset,
+    LanguageBridgeDatasetFromLists,
+    Train,
+    TrainingSettings,
+    ObjectiveOptions,
+    Save,
+    PocketDataset,
 )
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""
 
@@ -31,8 +42,9 @@ class LanguageBridgeExtension(ComfyExtension):
     """The pack as the host sees it."""
 
     async def on_load(self) -> None:
-        """Registers models/language_bridges before the first schema lists it."""
+        """Registers models/language_bridges before the first schema lists it, and the route of a button."""
         folders.register()
+        finish.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes to offer."""

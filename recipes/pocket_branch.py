@@ -28,50 +28,10 @@ from language_bridge.recipes.pocket_world import UNET_CONFIG, alphas, optimisers
 
 NAME = "pocket-branch"
 BATCH, DROPPED = 64, 0.1
-KEYS = (".attn2.to_k.weight", ".attn2.to_v.weight")
-
-
-class Beside(torch.nn.Module):
-    """The frozen U-Net over the empty English prompt with the branch beside it: called like a U-Net."""
-
-    def __init__(self, unet: torch.nn.Module, net: torch.nn.Module, empty: Tensor) -> None:
-        super().__init__()
-        self.unet = unet
-        self.net = net
-        self.register_buffer("empty", empty)
-
-    def forward(self, x: Tensor, times: Tensor, context: Tensor) -> Tensor:
-        """x [B, 4, 8, 8], times [B], native rows [B, T, D] to the noise."""
-        from language_bridge.host.branch import with_residuals
-
-        options = with_residuals({}, self.net(x, times, context))
-        english = self.empty.expand(len(x), -1, -1)
-        return self.unet(x, times, context=english, transformer_options=options)
-
-
-def copy_of(unet: torch.nn.Module, width: int) -> torch.nn.Module:
-    """A branch that starts as the U-Net's encoder half and middle, for text of `width`."""
-    prepare_host()
-    import comfy.ops
-
-    from language_bridge.host.branch import BranchNet
-
-    config: dict[str, Any] = {**UNET_CONFIG, "context_dim": width}
-    net = BranchNet(config, torch.float32, "cpu", comfy.ops.disable_weight_init).requires_grad_(True)
-    theirs, start = unet.state_dict(), dict[str, Tensor]()
-    for key, value in net.state_dict().items():
-        if key.startswith(("zero_convs.", "middle_block_out.")):
-            start[key] = torch.zeros_like(value)
-        elif key.endswith(KEYS):
-            start[key] = torch.randn_like(value) * theirs[key].std()
-        else:
-            start[key] = theirs[key].clone()
-    net.load_state_dict(start)
-    return net
 
 
 def train(
-    world: World, states: Tensor, empty: Tensor, beside: Beside, limit: tuple[float, int], report: Any
+    world: World, states: Tensor, empty: Tensor, beside: Any, limit: tuple[float, int], report: Any
 ) -> dict[str, Any]:
     """Learn until the minutes or the steps of `limit` are over, whatever comes first."""
     minutes, steps = limit
@@ -126,12 +86,15 @@ def main() -> None:
     assert tower is not None
     world = build(options.work, encoder, options.scenes, options.seed)
     states, empty = frozen_states(world, encoder)
-    net = copy_of(world.unet, encoder.width)
+    prepare_host()
+    from language_bridge.host.backbone import Beside, branch_copy
+
+    net = branch_copy(world.unet, UNET_CONFIG, encoder.width)
     if options.start:
         net.load_state_dict(load_file(str(options.start)))
     beside = Beside(world.unet, net, world.empty_english)
     bridge: Bridge = create("branch", {"hidden": encoder.width, "context": encoder.width})
-    seen = dataclasses.replace(world, unet=beside)
+    seen = dataclasses.replace(world, unet=beside)  # pyright: ignore[reportArgumentType] - called alike
 
     def report(step: int) -> None:
         save_file(net.state_dict(), str(out / f"{NAME}-state.safetensors"))

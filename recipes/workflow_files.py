@@ -171,6 +171,8 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
     outgoing: dict[tuple[str, int], list[int]] = {}
     for target, node in api.items():
         for slot, (name, kind) in enumerate(SOCKETS[node["class_type"]][0]):
+            if name not in node["inputs"]:
+                continue  # a socket that may stay empty
             source, output = node["inputs"][name]
             links.append([len(links) + 1, int(source), output, int(target), slot, kind])
             outgoing.setdefault((source, output), []).append(len(links))
@@ -184,7 +186,7 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
             if isinstance(value, list):
                 continue
             widgets.append(value)
-            if name == "seed":
+            if name == "seed" and node["class_type"] == "KSampler":
                 widgets.append("fixed")
         nodes.append(
             {
@@ -196,7 +198,7 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
                 "order": order,
                 "mode": 0,
                 "inputs": [
-                    {"name": n, "type": t, "link": linked[slot]} for slot, (n, t) in enumerate(inputs)
+                    {"name": n, "type": t, "link": linked.get(slot)} for slot, (n, t) in enumerate(inputs)
                 ],
                 "outputs": [
                     {"name": n, "type": t, "links": outgoing.get((number, slot), [])}
@@ -211,7 +213,7 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
         {
             "id": len(api) + 1,
             "type": "MarkdownNote",
-            "pos": [40, 320 if "streams" not in titles else 600],
+            "pos": [40, 720 if "train" in titles else 600 if "streams" in titles else 320],
             "size": [690, 230],
             "flags": {},
             "order": len(api),
@@ -234,11 +236,65 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
     }
 
 
+# A training of the pocket world.
+
+SOCKETS |= {
+    "LanguageBridgePocketDataset": ([], [("dataset", "LANGUAGE_BRIDGE_DATASET")]),
+    "LanguageBridgeTrainingSettings": ([], [("settings", "LANGUAGE_BRIDGE_SETTINGS")]),
+    "LanguageBridgeTrain": (
+        [
+            ("clip", "CLIP"),
+            ("dataset", "LANGUAGE_BRIDGE_DATASET"),
+            ("model", "MODEL"),
+            ("vae", "VAE"),
+            ("trained", "LANGUAGE_BRIDGE_TRAINED"),
+            ("settings", "LANGUAGE_BRIDGE_SETTINGS"),
+            ("options", "LANGUAGE_BRIDGE_OBJECTIVE"),
+        ],
+        [
+            ("trained", "LANGUAGE_BRIDGE_TRAINED"),
+            ("picture", "IMAGE"),
+            ("loss_map", "LOSS_MAP"),
+            ("report", "STRING"),
+        ],
+    ),
+    "LanguageBridgeSave": ([("trained", "LANGUAGE_BRIDGE_TRAINED")], [("bridge", "STRING")]),
+}
+PLACES |= {
+    "data": (40, 280, 320, 110),
+    "settings": (400, 120, 330, 560),
+    "train": (770, 60, 620, 1000),
+    "keep": (1430, 60, 330, 300),
+}
+
+
+def training(entry: dict[str, Any]) -> dict[str, Any]:
+    """A graph that trains a bridge of the pocket checkpoint and saves it, in the API form."""
+    train = {"clip": ["1", 1], "dataset": ["2", 0], **entry["train"]}
+    train |= {"model": ["1", 0], "vae": ["1", 2], "settings": ["3", 0]}
+    nodes: list[tuple[str, str, dict[str, Any]]] = [
+        ("checkpoint", "LanguageBridgePocketCheckpoint", {}),
+        ("data", "LanguageBridgePocketDataset", entry["data"]),
+        ("settings", "LanguageBridgeTrainingSettings", entry["settings"]),
+        ("train", "LanguageBridgeTrain", train),
+        ("keep", "LanguageBridgeSave", {"trained": ["4", 0], **entry["save"]}),
+    ]
+    return {
+        str(number): {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+        for number, (title, kind, inputs) in enumerate(nodes, start=1)
+    }
+
+
 def main() -> None:
     texts: dict[str, Any] = json.loads(
         Path(__file__).with_name("workflow_texts.json").read_text(encoding="utf-8")
     )
     for name, entry in texts.items():
+        if "train" in entry:
+            api = training(entry)
+            write(FOLDER / "api" / f"{name}.json", api)
+            write(FOLDER / f"{name}.json", for_page(api, entry["note"]))
+            continue
         api = graph(
             entry["checkpoint"], entry["bridge"], entry["text"], entry["picture"], entry.get("streams")
         )

@@ -8,6 +8,10 @@ const REPORTS = new Set([
   "LanguageBridgeInspector",
   "LanguageBridgeLoraReport",
   "LanguageBridgeConvert",
+  "LanguageBridgeTrain",
+  "LanguageBridgeSave",
+  "LanguageBridgeDataset",
+  "LanguageBridgeDatasetFromLists",
 ]);
 
 function boxOf(node) {

@@ -29,6 +29,11 @@ LISTS = {
         "and_with": "files of the model folders",
     },
     "LanguageBridgeCheckpoint": {"checkpoint": "files of models/checkpoints"},
+    "LanguageBridgeTrain": {
+        "tower": "identities of tower files",
+        "continue_from": "files of models/language_bridges",
+    },
+    "LanguageBridgeDataset": {"dataset": "folders and lists below input and datasets"},
 }
 """Inputs whose options are what lies in the folders of a machine, or rows of a table that grows."""
 
