@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host import folders
+from ..conversion import VERSION
+from ..host import folders, travel
 from .branch import BranchSettings
 from .checkpoint import BridgeCheckpoint
 from .convert import Convert
+from .doctor import Doctor
+from .downloads import Downloads
 from .inspector import PromptInspector
 from .language_bridge import LanguageBridge
 from .lora_report import LoraReport
@@ -23,6 +26,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     Streams,
     LoraReport,
     BranchSettings,
+    Downloads,
+    Doctor,
 )
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""
 
@@ -31,8 +36,9 @@ class LanguageBridgeExtension(ComfyExtension):
     """The pack as the host sees it."""
 
     async def on_load(self) -> None:
-        """Registers models/language_bridges before the first schema lists it."""
+        """Registers models/language_bridges before the first schema lists it, and watches what is queued."""
         folders.register()
+        travel.watch(VERSION)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes to offer."""

@@ -8,6 +8,8 @@ const REPORTS = new Set([
   "LanguageBridgeInspector",
   "LanguageBridgeLoraReport",
   "LanguageBridgeConvert",
+  "LanguageBridgeDownloads",
+  "LanguageBridgeDoctor",
 ]);
 
 function boxOf(node) {

@@ -29,6 +29,10 @@ LISTS = {
         "and_with": "files of the model folders",
     },
     "LanguageBridgeCheckpoint": {"checkpoint": "files of models/checkpoints"},
+    "LanguageBridgeDownloads": {
+        "set": "published sets of the manifest",
+        "reference": "files of models/checkpoints",
+    },
 }
 """Inputs whose options are what lies in the folders of a machine, or rows of a table that grows."""
 
