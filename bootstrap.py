@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.checks import run_checks, run_pytest
+from harness.checks import OlderTests, run_checks, run_pytest
 from harness.demo import Options, run_demo
 from harness.environment import CHECKOUT, BootstrapError, Progress, prepare
 from harness.server import PromptError
@@ -83,13 +83,19 @@ def test(options: argparse.Namespace, say: Progress) -> int:
     """Everything; or, with pytest arguments or a host named, pytest alone."""
     environment = prepare(options.env.resolve(), say, tests=True)
     if options.host or options.arguments:
-        return run_pytest(environment, options.arguments, say, older=options.host == "older")
+        return run_pytest(environment, options.arguments, older=options.host == "older")
     failed = run_checks(environment, say)
-    say("tests of the host and the nodes on the older ComfyUI")
-    if run_pytest(environment, [], say, older=True):
-        failed.append("tests on the older ComfyUI")
-    say("every test on the newest ComfyUI")
-    code = run_pytest(environment, [], say, failed=failed)
+    say("every test on the newest ComfyUI, and beside them those of the host and the nodes on the older one")
+    older = OlderTests(environment)
+    try:
+        code = run_pytest(environment, [], failed=failed)
+        say("the host and the nodes on the older ComfyUI said")
+        if older.result():
+            failed.append("tests on the older ComfyUI")
+    finally:
+        older.stop()
+    for name in failed:
+        say(f"FAILED: {name}")
     return code or int(bool(failed))
 
 

@@ -87,9 +87,9 @@ def _native_chunks(extra: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 class Painter:
-    """The pocket checkpoint and its bridges in the host's own classes."""
+    """The pocket checkpoint and, if they are wanted, the shipped bridges, in the host's own classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, shipped: bool = True) -> None:
         from comfy.cli_args import args
 
         args.cpu = args.cpu or not torch.cuda.is_available()
@@ -110,7 +110,7 @@ class Painter:
         self.model, self.clip, self.vae = load_pocket()
         self.judge = judge.load()
         self.bridged: dict[str, tuple[Any, Any]] = {}
-        for name in folders.bridge_names():
+        for name in folders.bridge_names() if shipped else ():
             if folders.bridge_header(folders.bridge_path(name)).base == "pocket":
                 short = name.removesuffix(".safetensors")
                 self.bridged[short] = bridge(self.model, self.clip, name, 1.0, "two streams")

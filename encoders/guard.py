@@ -8,6 +8,7 @@ temporary name, flushed to the disk and then renamed, so that none is torn when 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -517,16 +519,22 @@ def write(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     text += b" " * (-len(text) % 8)
+    start = struct.pack("<Q", len(text)) + text
+    write_whole(target, chain((start,), (_bytes(tensors[name]) for name in order)))
+
+
+def write_whole(path: StrPath, pieces: Iterable[bytes]) -> None:
+    """Write a file in one piece or not at all; BridgeError when the disk refuses."""
+    target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "xb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                file.write(_bytes(tensors[name]))
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     except OSError as error:
         raise BridgeError(
             f"The file {target.name!r} could not be written.",
@@ -538,12 +546,16 @@ def write(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
         temporary.unlink(missing_ok=True)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk, where the system can do that."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network folders have no such call
+            raise
     finally:
         os.close(descriptor)
 

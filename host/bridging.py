@@ -29,7 +29,7 @@ from .cache import EMBEDDINGS
 from .clip import BridgedClip, Speech
 from .pseudo import CLIP_INPUT, SAYS
 from .tower import NativeTower, tower_dtype
-from .unet import DELTA, REPLACE, UnetPart, add_to, has_addition, part_shapes
+from .unet import DELTA, REPLACE, UnetPart, add_to, has_addition, part_shapes, patcher_of
 
 OWN = "own"
 """In a bridge's training record, under "unet": the bridge fits the U-Net of its own checkpoint alone."""
@@ -41,9 +41,9 @@ _TEMPLATES = {"mulan": {"before": "summarize:"}}
 """What stands in the published programs of a kind."""
 
 TOWERS: WeakValueDictionary[tuple[str, torch.dtype], NativeTower] = WeakValueDictionary()
-PARTS: WeakValueDictionary[tuple[str, torch.dtype], UnetPart] = WeakValueDictionary()
+PARTS: WeakValueDictionary[tuple[str, torch.dtype], Any] = WeakValueDictionary()
 BRANCHES: WeakValueDictionary[tuple[str, torch.dtype], Any] = WeakValueDictionary()
-"""What living graphs hold, by digest of the bridge and dtype; of branches, the patchers."""
+"""What living graphs hold, by digest of the bridge and dtype; of what stands at a MODEL, the patchers."""
 
 
 def bridge(
@@ -79,11 +79,11 @@ def bridge(
         if isinstance(clip, BridgedClip) or has_addition(model) or tower is not None:
             raise _alone(name) if tower is None else refuse(header, name)
         return _branched(model, clip, files, digest, name, strength, route)
-    template = _template(header, name)
+    template = template_of(header, name)
     lent = borrow(tower, header, name) if header.encoder.family == FAMILY else None
     if lent is None and tower is not None:
         raise refuse(header, name)
-    native, part = _open(files, digest, model.model.get_dtype_inference(), name, lent, template)
+    native, part = _open(files, digest, model, name, lent, template)
     adds = part is not None or native.bridge.timed
     if adds and has_addition(model):
         raise BridgeError(
@@ -112,13 +112,14 @@ def _branched(
     ops, dtype, unet_dtype = comfy.ops.manual_cast, tower_dtype(), model.model.get_dtype_inference()
     native, patcher = TOWERS.get((digest, dtype)), BRANCHES.get((digest, unet_dtype))
     if native is None or patcher is None:
-        loaded = load_bridge(files[0], ops=ops, dtype=dtype)
+        ledger = folders.ledger()
+        loaded = load_bridge(files[0], ops=ops, dtype=dtype, ledger=ledger)
         if native is None:
-            encoder = loaded.encoder or load_encoder(files[-1], ops=ops, dtype=dtype)
+            encoder = loaded.encoder or load_encoder(files[-1], ops=ops, dtype=dtype, ledger=ledger)
             _check_width(encoder, loaded.bridge, name)
             TOWERS[digest, dtype] = native = NativeTower(encoder, loaded.bridge, digest)
         if patcher is None:
-            patcher = branch.patcher_of(branch.build(model, loaded.unet, unet_dtype), model)
+            patcher = patcher_of(branch.build(model, loaded.unet, unet_dtype), model)
             BRANCHES[digest, unet_dtype] = patcher
     beside = branch.Beside(name, digest, patcher, strength)
     loras = carried.carried_by(model, clip.patcher)
@@ -137,13 +138,14 @@ def _alone(name: str) -> BridgeError:
 def _open(
     files: Sequence[Path],
     digest: str,
-    unet_dtype: torch.dtype,
+    model: Any,
     name: str,
     lent: BorrowedEncoder | None,
     template: tuple[str, str],
-) -> tuple[NativeTower, UnetPart | None]:
-    """Tower and U-Net part of a bridge; those of a graph that is still alive are shared, not read again."""
+) -> tuple[NativeTower, Any]:
+    """Tower of a bridge, and patcher of its U-Net part or None; a living graph's are shared, not read."""
     ops, dtype, ledger = comfy.ops.manual_cast, tower_dtype(), folders.ledger()
+    unet_dtype = model.model.get_dtype_inference()
     tower = None if lent else TOWERS.get((digest, dtype))
     part = PARTS.get((digest, unet_dtype))
     header = folders.bridge_header(files[0])
@@ -157,7 +159,8 @@ def _open(
         _check_width(encoder, loaded.bridge, name)
         TOWERS[digest, dtype] = tower = NativeTower(encoder, loaded.bridge, digest, template)
     if loaded.unet and part is None:
-        PARTS[digest, unet_dtype] = part = UnetPart(loaded.unet, str(header.training["unet"]), unet_dtype)
+        weights = UnetPart(loaded.unet, str(header.training["unet"]), unet_dtype)
+        PARTS[digest, unet_dtype] = part = patcher_of(weights, model)
     return tower, part
 
 
@@ -172,7 +175,7 @@ def _digest(header: BridgeHeader, files: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(parts).encode("ascii")).hexdigest()
 
 
-def _template(header: BridgeHeader, name: str) -> tuple[str, str]:
+def template_of(header: BridgeHeader, name: str) -> tuple[str, str]:
     """Texts that the method puts before and after a prompt; BridgeError when it needs some and has none."""
     known = header.training.get(TEMPLATE, _TEMPLATES.get(header.kind))
     spec = parse_spec(kind_class(header.kind).Spec, header.spec, f"bridge of kind {header.kind!r}")

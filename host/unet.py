@@ -84,13 +84,19 @@ class UnetPart(torch.nn.Module):
 class Addition:
     """The wrappers of one bridge on one MODEL.
 
-    part: its cross-attention weights, or none; tower: asked again at each step when its bridge is timed.
+    patcher: of its cross-attention weights, one for all MODELs, or none: the host takes weights without their
+    patcher for lost; tower: asked again at each step when its bridge is timed.
     """
 
     name: str
     digest: str
-    part: UnetPart | None
+    patcher: Any
     tower: NativeTower
+
+    @property
+    def part(self) -> UnetPart | None:
+        """The cross-attention weights, which the patcher keeps."""
+        return None if self.patcher is None else self.patcher.model
 
     def outer_sample(self, executor: Any, *arguments: Any, **options: Any) -> Any:
         """Tells the U-Net of each conditioning how many of its rows are native; silent when none is."""
@@ -175,18 +181,21 @@ class Addition:
         return rows
 
 
-def add_to(model: Any, tower: NativeTower, part: UnetPart | None, name: str) -> Any:
-    """A clone of MODEL with what the bridge adds to it."""
+def patcher_of(network: torch.nn.Module, model: Any) -> Any:
+    """A patcher that makes the host load and offload the network like the MODEL."""
+    return comfy.model_patcher.ModelPatcher(
+        network, load_device=model.load_device, offload_device=model.offload_device
+    )
+
+
+def add_to(model: Any, tower: NativeTower, part: Any, name: str) -> Any:
+    """A clone of MODEL with what the bridge adds to it; part: the patcher of a `UnetPart`, or None."""
     clone = model.clone()
     addition = Addition(name, tower.digest, part, tower)
     models: list[Any] = []
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, addition.outer_sample)
     if part is not None:
-        models.append(
-            comfy.model_patcher.ModelPatcher(
-                part, load_device=model.load_device, offload_device=model.offload_device
-            )
-        )
+        models.append(part)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, addition.apply_model)
     if tower.bridge.timed:
         models.append(tower.bridge_patcher)

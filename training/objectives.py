@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ..bridges.errors import BridgeError
 from .taps import BlockTaps
 
 _COMPARED = ("output", "heads", "weights")
+ALIGNED = ("tokens", "squared", "cls", "cosine")
+"""What `Align` compares."""
 _DISTANCES = ("squared", "absolute", "cosine")
 
 
@@ -25,8 +27,8 @@ class Loss:
 
 
 class Denoiser(Protocol):
-    """A frozen U-Net: noisy latents [B, 4, h, w], timesteps [B] and context [B, N, C] to predicted noise [B,
-    4, h, w].
+    """A U-Net: noisy latents [B, 4, h, w], timesteps [B] and context [B, N, C] to what it predicts [B, 4, h,
+    w]. SDXL's is also given `pooled` [B, P] and `sizes` [B, S]; a `Backbone` is one.
     """
 
     def __call__(self, noisy: Tensor, timestep: Tensor, *, context: Tensor) -> Tensor: ...
@@ -151,10 +153,13 @@ class Iap:
         return apart.square().mean() if self.settings.distance == "squared" else apart.abs().mean()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PeaBatch:
     """noisy, noise [B, 4, h, w]; timestep [B]; teacher: English context [B, M, C]; native_only [B]: the flag
     z, 1 where a caption has no English parallel.
+
+    noise is what the U-Net should say: the noise, or the velocity for checkpoints that predict that. For SDXL
+    teacher_pooled [B, P] is the English pooled vector and sizes [B, S] the embedding of the picture sizes.
     """
 
     noisy: Tensor
@@ -162,6 +167,8 @@ class PeaBatch:
     timestep: Tensor
     teacher: Tensor
     native_only: Tensor
+    teacher_pooled: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 class Pea:
@@ -170,8 +177,11 @@ class Pea:
 
     L = mean(z (e_s - e)^2) + mean((1 - z)(e_s - e_t)^2) + weight * sum over blocks of mean((1 - z)(F_s -
     F_t)^2), where e_s and e_t are the noise predicted under native and under English text and F the outputs
-    of the level ends. Teacher and student are one U-Net run twice: both of the authors' copies hold the same
-    frozen weights.
+    of the level ends: nine on SD1.5, seven on SDXL. Teacher and student are one U-Net run twice: both of the
+    authors' copies hold the same frozen weights.
+
+    skip_odd: leave a block's term out of a step in which it is not finite, as the authors do in half
+    precision on SD1.5.
     """
 
     def __init__(
@@ -180,49 +190,110 @@ class Pea:
         denoise: Denoiser | None = None,
         weight: float = 0.1,
         taps: Callable[[nn.Module], BlockTaps] = BlockTaps,
+        skip_odd: bool = False,
     ) -> None:
         self.unet = unet
         self.denoise: Denoiser = denoise or unet
         self.weight = weight
         self.taps = taps
+        self.skip_odd = skip_odd
 
-    def __call__(self, native: Tensor, batch: PeaBatch) -> Loss:
-        """native: what the bridge said, [B, N, C]; gradients reach it through the U-Net."""
-        with torch.no_grad(), self.taps(self.unet) as teacher_taps:
-            teacher = self.denoise(batch.noisy, batch.timestep, context=batch.teacher)
-        with self.taps(self.unet) as student_taps:
-            student = self.denoise(batch.noisy, batch.timestep, context=native)
+    def teach(self, batch: PeaBatch) -> tuple[Tensor, ...]:
+        """What the U-Net says under English text: the noise [B, 4, h, w], and the features of each block."""
+        with torch.no_grad():
+            return self._said(batch, batch.teacher, batch.teacher_pooled)
+
+    def __call__(
+        self,
+        native: Tensor,
+        batch: PeaBatch,
+        pooled: Tensor | None = None,
+        taught: tuple[Tensor, ...] | None = None,
+    ) -> Loss:
+        """native, pooled: what the bridge said, [B, N, C] and, for SDXL, [B, P]; gradients reach them through
+        the U-Net. taught: what `teach` gives, where it is known.
+        """
+        teacher, *theirs = self.teach(batch) if taught is None else taught
+        student, *ours = self._said(batch, native, pooled)
         z = batch.native_only
         noise = _flagged(student, batch.noise, z)
         logit = _flagged(student, teacher, 1 - z)
-        pairs = zip(student_taps.taken, teacher_taps.taken, strict=True)
-        feature = torch.stack([_flagged(ours, theirs, 1 - z) for ours, theirs in pairs]).sum()
+        blocks = torch.stack([_flagged(mine, other, 1 - z) for mine, other in zip(ours, theirs, strict=True)])
+        if self.skip_odd:
+            blocks = torch.where(torch.isfinite(blocks), blocks, torch.zeros_like(blocks))
+        feature = blocks.sum()
         total = noise + logit + self.weight * feature
         return Loss(total, {"noise": noise, "logit": logit, "feature": feature})
 
+    def _said(self, batch: PeaBatch, context: Tensor, pooled: Tensor | None) -> tuple[Tensor, ...]:
+        with self.taps(self.unet) as taps:
+            noise = _denoised(self.denoise, batch.noisy, batch.timestep, context, pooled, batch.sizes)
+        return noise, *taps.taken
+
 
 class Align:
-    """Rows drawn to the English rows: mean(1 - cosine) + length * mean((|native| - |English|)^2).
+    """Rows drawn to the English rows, without pictures.
 
-    OmniDiffusion's first stage (arXiv 2405.12914; "cos-len" of the released code, where length = 2e-5).
+    compare: "tokens", mean(1 - cosine) + length * mean((|native| - |English|)^2) over equally many rows:
+    OmniDiffusion's first stage (arXiv 2405.12914; "cos-len" of the released code, where length = 2e-5);
+    "squared", the mean squared error of the same rows; "cls", the mean squared error of the first native row
+    and the English pooled vector, as AltCLIP distils its start token (arXiv 2211.06679);
+    "cosine", one minus the cosine of the mean native and the mean English row, which wants no equal number.
+    Where bridge and checkpoint both have a pooled vector, cosine and length of these are added to "tokens".
     """
 
-    def __init__(self, length: float = 2e-5) -> None:
+    def __init__(self, length: float = 2e-5, compare: str = "tokens") -> None:
+        if compare not in ALIGNED:
+            raise BridgeError(
+                "The alignment does not know this choice of rows.",
+                repr(compare)[:80],
+                " or ".join(ALIGNED),
+                "Choose one of these.",
+            )
         self.length = length
+        self.compare = compare
 
-    def __call__(self, native: Tensor, english: Tensor) -> Loss:
-        """native, english: rows [B, N, C] of the same number."""
+    def __call__(
+        self,
+        native: Tensor,
+        english: Tensor,
+        pooled: Tensor | None = None,
+        english_pooled: Tensor | None = None,
+    ) -> Loss:
+        """native [B, N, C], english [B, M, C]: rows; pooled, english_pooled [B, P]."""
         ours, theirs = native.float(), english.float()
+        if self.compare == "cosine":
+            apart = (1 - nn.functional.cosine_similarity(ours.mean(1), theirs.mean(1), dim=-1)).mean()
+            return Loss(apart, {"cosine": apart})
+        if self.compare == "cls":
+            if english_pooled is None or english_pooled.shape[-1] != ours.shape[-1]:
+                raise _no_rows(
+                    "first row", ours.shape, None if english_pooled is None else english_pooled.shape
+                )
+            squared = (ours[:, 0] - english_pooled.float()).square().mean()
+            return Loss(squared, {"squared": squared})
+        if ours.shape != theirs.shape:
+            raise _no_rows("rows", ours.shape, theirs.shape)
+        if self.compare == "squared":
+            squared = (ours - theirs).square().mean()
+            return Loss(squared, {"squared": squared})
+        parts = self._apart(ours, theirs, "")
+        if pooled is not None and english_pooled is not None:
+            parts |= self._apart(pooled.float(), english_pooled.float(), "pooled ")
+        cosines = [part for name, part in parts.items() if name.endswith("cosine")]
+        lengths = [part for name, part in parts.items() if name.endswith("length")]
+        return Loss(torch.stack(cosines).sum() + self.length * torch.stack(lengths).sum(), parts)
+
+    def _apart(self, ours: Tensor, theirs: Tensor, name: str) -> dict[str, Tensor]:
         cosine = (1 - nn.functional.cosine_similarity(ours, theirs, dim=-1)).mean()
-        length = (_lengths(ours) - _lengths(theirs)).square().mean()
-        return Loss(cosine + self.length * length, {"cosine": cosine, "length": length})
+        return {f"{name}cosine": cosine, f"{name}length": (_lengths(ours) - _lengths(theirs)).square().mean()}
 
 
 class Diffusion:
     """The plain diffusion loss, mean(w(t) (e_s - e)^2).
 
     What AltDiffusion trains its U-Net with (arXiv 2308.09991; noise prediction and plain squared error as in
-    the authors' training configuration).
+    the authors' training configuration), BDM its branch, and OmniDiffusion its second and third stage.
 
     unet: predicts noise and may itself be learning, for example its cross-attention's keys and values.
     weight: w, one number for each timestep [1000], or None for w = 1.
@@ -232,12 +303,47 @@ class Diffusion:
         self.unet = unet
         self.weight = weight
 
-    def __call__(self, native: Tensor, noisy: Tensor, noise: Tensor, timestep: Tensor) -> Loss:
-        """native [B, N, C]; noisy, noise [B, 4, h, w]; timestep [B]."""
-        guess = self.unet(noisy, timestep, context=native)
+    def __call__(
+        self,
+        native: Tensor,
+        noisy: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Loss:
+        """native [B, N, C]; noisy, noise (or what else is to be said) [B, 4, h, w]; timestep [B]; for SDXL
+        pooled [B, P] and sizes [B, S].
+        """
+        guess = _denoised(self.unet, noisy, timestep, native, pooled, sizes)
         each = (guess.float() - noise.float()).square().flatten(1).mean(1)
-        total = (each if self.weight is None else self.weight[timestep.long()] * each).mean()
+        weight = None if self.weight is None else self.weight.to(each.device)[timestep.long()]
+        total = (each if weight is None else weight * each).mean()
         return Loss(total, {"noise": total})
+
+
+def _denoised(
+    unet: Denoiser,
+    noisy: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    pooled: Tensor | None,
+    sizes: Tensor | None,
+) -> Tensor:
+    """What the U-Net says; only SDXL's hears of pooled vectors and sizes."""
+    if sizes is None:
+        return unet(noisy, timestep, context=context)
+    return cast(Any, unet)(noisy, timestep, context=context, pooled=pooled, sizes=sizes)
+
+
+def _no_rows(what: str, ours: Sequence[int], theirs: Sequence[int] | None) -> BridgeError:
+    return BridgeError(
+        f"The {what} of native and English text cannot be compared.",
+        f"native {list(ours)}, English {'none' if theirs is None else list(theirs)}",
+        "tensors of one shape",
+        'Use a bridge with as many rows as the checkpoint reads, such as "omni" with 77 queries, or compare '
+        '"cosine".',
+    )
 
 
 def _lengths(rows: Tensor) -> Tensor:

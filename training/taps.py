@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 def cross_attentions(unet: nn.Module) -> list[nn.Module]:
     """Every cross-attention in running order; both LDM and diffusers call them `attn2`."""
-    modules: dict[str, nn.Module] = dict(cast(Any, unet).named_modules())
-    return [module for name, module in modules.items() if name.endswith(".attn2")]
+    parts = cast(Any, unet)
+    # diffusers registers the middle block last, but runs it before the way up.
+    roots = [parts.down_blocks, parts.mid_block, parts.up_blocks] if hasattr(unet, "down_blocks") else [parts]
+    named = [
+        pair for root in roots for pair in cast("dict[str, nn.Module]", dict(root.named_modules())).items()
+    ]
+    return [module for name, module in named if name.endswith(".attn2")]
 
 
 def level_ends(unet: nn.Module) -> list[nn.Module]:

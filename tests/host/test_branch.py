@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,14 @@ from torch import Tensor
 import nodes
 from language_bridge.bridges.branch import Branch
 from language_bridge.bridges.errors import BridgeError
+from language_bridge.encoders import guard
 from language_bridge.encoders.base import Encoder, create_encoder
 from language_bridge.encoders.bert import BertSpec, bert_tokenizer
 from language_bridge.encoders.file import save_encoder
-from language_bridge.host import branch
+from language_bridge.encoders.ledger import REST_NS, Ledger
+from language_bridge.host import branch, bridging, folders
 from language_bridge.host.branch_text import MARK, MOST_CHUNKS
+from language_bridge.host.cache import EMBEDDINGS
 from language_bridge.host.inspector import inspect
 from language_bridge.host.language import words as sentences
 from language_bridge.host.pocket import load_pocket
@@ -247,7 +252,6 @@ def test_latents_of_a_model_that_paints_agree_to_1e_4(models: Path) -> None:
     empty = encode(pocket.clip, "")
     expected = loop(pocket, (empty, empty), speak(net, native), steps=4)
     found = sample(model, positive, negative, steps=4)
-    print("ERR", float((found - expected).abs().max()), float(expected.abs().max()))
     assert bool((found - expected).abs().max() <= 1e-4)
     assert bool((found - sample(pocket.model, empty, empty, steps=4)).abs().max() > 0.1)
 
@@ -681,6 +685,7 @@ def test_gradients_go_through_the_residuals(sd1: Checkpoint) -> None:
 def test_graphs_share_the_network_and_the_host_never_takes_it_for_lost(
     sd1: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     first = branched(sd1, strength=0.3)
     sample(first[0], encode(first[1], RED_CAT), encode(first[1], ""), steps=1)
     model, clip = branched(sd1)
@@ -694,6 +699,26 @@ def test_graphs_share_the_network_and_the_host_never_takes_it_for_lost(
     for _ in range(2):
         sample(changed, encode(clip, RED_CAT), encode(clip, ""), steps=1)
     assert "memory leak" not in caplog.text
+
+
+def test_branch_and_tower_are_verified_once(
+    sd1: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "verified.json", clock=lambda: time.time_ns() + 2 * REST_NS)
+    monkeypatch.setattr(folders, "ledger", lambda: ledger)
+    hashed: list[str] = []
+    take = guard._hash
+    monkeypatch.setattr(guard, "_hash", lambda up, name, t: (hashed.append(name), take(up, name, t))[1])
+    said: list[Any] = []
+    for again in (False, True):
+        bridging.TOWERS.clear()
+        bridging.BRANCHES.clear()
+        EMBEDDINGS.clear()
+        hashed.clear()
+        model, clip = branched(sd1)
+        said.append(sample(model, encode(clip, RED_CAT), encode(clip, ""), steps=1))
+        assert bool(hashed) != again
+    assert torch.equal(*said)
 
 
 def test_a_node_that_changes_sizes_inside_the_unet_is_told_of_in_the_log(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ from language_bridge.bridges.errors import BridgeError
 from language_bridge.bridges.file import BridgeHeader, save_bridge
 from language_bridge.host.joining import SHARED, Joining
 from language_bridge.host.rows import MARK
-from language_bridge.host.unet import part_shapes
+from language_bridge.host.unet import KEY, part_shapes
 from language_bridge.tests.fixtures.graph import Checkpoint, bridged
 from language_bridge.tests.fixtures.stock import call, digest, encode, latent, same, sample, unet_calls
 from language_bridge.tests.fixtures.towers import reference, tiny_bridge, tiny_tower
@@ -454,6 +456,25 @@ def test_the_host_loads_and_counts_the_part(sd1: Checkpoint, files: Any) -> None
     assert patcher.model in loaded and clip.speech.tower.reader not in loaded
     shapes = part_shapes(sd1.model, "kv").values()
     assert patcher.model_size() == 4 * sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def test_graphs_share_the_part_and_the_host_never_takes_it_for_lost(
+    sd1: Checkpoint, files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two graphs alive at once, as with the host's cache of results; then the first of them goes."""
+    caplog.set_level(logging.INFO)
+    first = bridged(sd1, bridge=files["sd1", "kv", "replace"][0], strength=0.3)
+    sample(first[0], encode(first[1], RED_CAT), encode(first[1], ""), steps=1)
+    model, clip = bridged(sd1, bridge=files["sd1", "kv", "replace"][0])
+    parts = [part.model for each in (first[0], model) for part in each.additional_models[KEY]]
+    assert len(parts) == 2 and parts[0] is parts[1]
+    positive, negative = encode(clip, RED_CAT), encode(clip, "")
+    expected = sample(model, positive, negative, steps=1)
+    del first, parts
+    gc.collect()
+    for _ in range(2):
+        assert torch.equal(sample(model, positive, negative, steps=1), expected)
+    assert "memory leak" not in caplog.text
 
 
 def test_off_hands_the_very_objects_on(sd1: Checkpoint, files: Any) -> None:
