@@ -4,7 +4,7 @@ python install.py              prepare the model folder, say what is next
 python install.py list         what weights_manifest.json names: shipped, and published elsewhere
 python install.py get ID       fetch a published set, check it, convert it; get --help says how
 python install.py verify [ID]  compare files with their hashes: the shipped and fetched ones, or those of ID
-python install.py doctor       what was found on this machine; with --hosts, which sources answer
+python install.py doctor       what is wrong, and what to do; with --hosts, which sources answer
 python install.py convert      make published weights into our own files; convert --help says how
 python install.py pin [ID]     for maintainers: fill the manifest from the Hub's own metadata
 python install.py demo|test    the command to type for it
@@ -15,8 +15,11 @@ Nothing opens a network connection but get, pin and doctor --hosts.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
+import io
+import locale
 import os
 import re
 import sys
@@ -27,28 +30,23 @@ from pathlib import Path
 from typing import Any, cast
 
 if __package__:
-    from .manifest import fetch, lock, pin, reach, sources
+    from .manifest import bring, fetch, lock, pin, roots, sources
     from .manifest.connection import Wire
     from .manifest.download import Pace, Progress
     from .manifest.errors import FetchError, Stopped
-    from .manifest.part import ENDING, write_whole
-    from .manifest.schema import DOWNLOADS, Manifest, PublishedSet, RemoteFile, WeightFile, dump, parse
+    from .manifest.part import write_whole
+    from .manifest.schema import DOWNLOADS, Manifest, RemoteFile, WeightFile, dump, parse
     from .manifest.verify import Problem, check, problems
 else:
-    from manifest import fetch, lock, pin, reach, sources
+    from manifest import bring, fetch, lock, pin, roots, sources
     from manifest.connection import Wire
     from manifest.download import Pace, Progress
     from manifest.errors import FetchError, Stopped
-    from manifest.part import ENDING, write_whole
-    from manifest.schema import DOWNLOADS, Manifest, PublishedSet, RemoteFile, WeightFile, dump, parse
+    from manifest.part import write_whole
+    from manifest.schema import DOWNLOADS, Manifest, RemoteFile, WeightFile, dump, parse
     from manifest.verify import Problem, check, problems
 
 PACK = Path(__file__).resolve().parent
-MODEL_FOLDER = "language_bridges"
-TOWER_FOLDER = "text_encoders"
-LOOKED_AT = (MODEL_FOLDER, TOWER_FOLDER, DOWNLOADS, "checkpoints", "controlnet", "diffusion_models", "vae")
-"""Folders below models in which `get` looks for a file of known hash before it fetches it."""
-NEEDED = ("torch", "numpy", "PIL", "safetensors", "tokenizers")
 REPORTED = ("torch", "transformers", "tokenizers", "safetensors", "comfyui-frontend-package")
 
 
@@ -73,7 +71,7 @@ def prepare() -> int:
         print("Language Bridge: this folder is not in a ComfyUI's custom_nodes, so no model folder was made.")
         print("  Put it there, or set COMFYUI_PATH, and run this file again.")
         return 0
-    folder = tree / "models" / MODEL_FOLDER
+    folder = tree / "models" / bring.BRIDGES
     folder.mkdir(parents=True, exist_ok=True)
     print(f"Language Bridge: bridge files go into {folder}")
     print("  Nothing else needs to be installed. Restart ComfyUI, then open Workflow > Browse Templates >")
@@ -84,18 +82,29 @@ def prepare() -> int:
 
 
 def show_list() -> int:
-    """Print the manifest as a table: what ships, then what `get` fetches."""
+    """Print the manifest as a table: what ships, then what `get` fetches and what of it is here."""
     manifest = read_manifest()
+    tree = find_comfyui()
     for entry in manifest.entries:
         size = f"{sum(file.bytes for file in entry.files) / 1e6:8.2f} MB"
         print(f"{entry.name:38s} {entry.base:6s} {size}  ships       {entry.licence:29s} {entry.about}")
+    known, folders = lock.Lock(), dict[str, tuple[Path, ...]]()
+    if tree is not None:
+        try:
+            folders = _folders(bring.LOOKED_AT, tree / "models", tree)
+            known = lock.read_lock(tree / "models")
+        except FetchError as error:
+            print(error, file=sys.stderr)
     for item in manifest.published:
-        known = [file.most_bytes or 0 for file in item.files]
-        size = f"{sum(known) / 1e6:8.0f} MB" if all(known) else f"{f'> {sum(known) / 1e6:.0f}':>8s} MB"
+        total, whole = bring.size_of([item])
+        size = f"{total / 1e6:8.0f} MB" if whole else f"{f'> {total / 1e6:.0f}':>8s} MB"
         weights = [file for file in item.files if file.is_pickle or file.path.endswith(".safetensors")]
         state = "verified" if all(file.sha256 for file in weights) else "unverified"
+        here = bring.state_of(manifest, item, known, tree / "models", folders) if tree is not None else ""
         if item.by_hand:
-            size, state = " " * 11, "by hand"
+            size = " " * 11
+        if here in (bring.HERE, bring.FETCHED, bring.BEGUN, bring.BY_HAND) or item.by_hand:
+            state = here or bring.BY_HAND
         licence = item.licence or "none declared"
         print(f"{item.name:38s} {item.base or 'tower':6s} {size}  {state:11s} {licence:29s} {item.about}")
     return 0
@@ -169,40 +178,60 @@ def get(
         return 2
     models = (options.models or (cast(Path, tree) / "models")).resolve()
     manifest = manifest or read_manifest()
+    room: list[Room] = []
+
+    def converter() -> bring.Converter | None:
+        found = _room()
+        if found is None:
+            return None
+        room.append(found)
+        return functools.partial(found.convert.convert, dtype=found.float16 if options.half else None)
+
     try:
-        wanted = fetch.find(manifest, options.name)
-        if not options.force and _is_made(models, wanted.name):
-            print(f"{wanted.name} was fetched and converted already. To do it again: --force.")
-            return 0
-        converts = wanted.conversion is not None and not options.no_convert
-        if converts and wanted.conversion and wanted.conversion.reference and options.reference is None:
-            print(f"{wanted.name} is compared with {wanted.conversion.reference}.", file=sys.stderr)
-            print("  what to do: name it (--reference FILE), or fetch only (--no-convert)", file=sys.stderr)
-            return 2
-        haul = fetch.fetch_set(
-            manifest,
-            wanted.name,
-            models,
+        wish = bring.Wish(
             agreed=options.agree,
             trusting=options.trust_first_use,
+            converts=not options.no_convert,
+            reference=options.reference,
+            form="delta" if options.delta else "replace",
+            cleans=options.clean,
+            again=options.force,
+            roots=_folders(bring.LOOKED_AT, models, tree),
+            look=tuple(options.look),
+        )
+        done = bring.bring(
+            manifest,
+            options.name,
+            models,
+            wish,
+            converter=converter,
             wire=wire,
             pace=pace,
             say=print,
             progress=_progress,
-            look=[*(models / folder for folder in LOOKED_AT), *options.look],
         )
-        for item in manifest.with_needs(wanted):
-            if item.by_hand:
-                print(f"Not fetched: {item.name}. {item.by_hand}\n  {item.card}")
-        if not converts:
-            return 0
-        return _convert_set(wanted, haul, models, options)
-    except FetchError as error:
-        print(error, file=sys.stderr)
-        return 1
     except (Stopped, KeyboardInterrupt):
         print("\nStopped. What has arrived is kept; the same command goes on.", file=sys.stderr)
         return 1
+    except FetchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except ValueError as error:  # BridgeError: the converter refuses
+        if not room or not isinstance(error, room[0].error):
+            raise
+        print(error, file=sys.stderr)
+        return 1
+    if done.already:
+        print(f"{options.name} was fetched and converted already. To do it again: --force.")
+    for item in done.left:
+        print(f"Not fetched: {item.name}. {item.by_hand}\n  {item.card}")
+    for line in room[0].convert.report(done.written) if done.written else ():
+        print(line)
+    if done.cleaned:
+        print("What was fetched is deleted.")
+    elif done.written:
+        print(f"What was fetched lies in {models / DOWNLOADS} and is not needed any longer.")
+    return 0
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -236,13 +265,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_made(models: Path, name: str) -> bool:
-    made = lock.read_lock(models).made.get(name, ())
-    return bool(made) and not any(
-        check(models, WeightFile(item.path, item.bytes, item.sha256)) for item in made
-    )
-
-
 def _progress(file: RemoteFile) -> Progress:
     """A line that is written over on a terminal, and a line for each tenth elsewhere."""
     shown = [-1]
@@ -256,43 +278,6 @@ def _progress(file: RemoteFile) -> Progress:
         print(text, end="\r" if sys.stderr.isatty() and done != total else "\n", file=sys.stderr)
 
     return show
-
-
-def _convert_set(wanted: PublishedSet, haul: fetch.Haul, models: Path, options: argparse.Namespace) -> int:
-    conversion = wanted.conversion
-    assert conversion is not None
-    room = _room()
-    if room is None:
-        print("  It is fetched; run the same command there to convert it.")
-        return 1
-    paths = fetch.given_to_converter(wanted, haul.sets, models)
-    try:
-        written = room.convert.convert(
-            paths,
-            models / MODEL_FOLDER,
-            towers=models / TOWER_FOLDER,
-            preset=conversion.preset,
-            reference=options.reference,
-            unet=conversion.unet,
-            form="delta" if options.delta else "replace",
-            name=wanted.name,
-            dtype=room.float16 if options.half else None,
-            overwrite=options.force,
-        )
-    except room.error as error:
-        print(error, file=sys.stderr)
-        return 1
-    for line in room.convert.report(written):
-        print(line)
-    fetch.record_made(models, wanted.name, written)
-    if options.clean:
-        for file, fetched in haul.files:
-            if not file.to:
-                fetched.path.unlink()
-        print("What was fetched is deleted.")
-    else:
-        print(f"What was fetched lies in {models / DOWNLOADS} and is not needed any longer.")
-    return 0
 
 
 def refresh(
@@ -322,7 +307,7 @@ def refresh(
 
 
 def doctor(arguments: Sequence[str] = (), *, asked: Any = None, wire: Wire | None = None) -> int:
-    """Print versions, places and sources; 1 when something that the pack needs is missing or wrong.
+    """Print versions and everything that is wrong, each with what to do; 1 when something has to be mended.
 
     With --hosts the sources are asked whether they answer; the keywords are for tests of that.
     """
@@ -330,43 +315,62 @@ def doctor(arguments: Sequence[str] = (), *, asked: Any = None, wire: Wire | Non
     parser.add_argument(
         "--hosts", action="store_true", help="ask the sources of downloads whether they answer"
     )
+    parser.add_argument("--lang", choices=("en", "zh"), help="language of the report (default: the system's)")
     options = parser.parse_args(list(arguments))
-    print(f"Python      {sys.version.split()[0]}  {sys.executable}")
-    print(f"pack        {PACK}")
+    doctors, words = _reports()
+    missing = doctors.needed_missing()
     tree = find_comfyui()
-    print(f"ComfyUI     {comfyui_version(tree)}  {tree or 'not in custom_nodes, COMFYUI_PATH not set'}")
-    for name in REPORTED:
-        print(f"{name:26s} {_version(name)}")
-    if tree is not None:
-        folder = tree / "models" / MODEL_FOLDER
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        print(f"bridges     {folder}: {', '.join(files) or 'none yet'}")
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"missing     {', '.join(missing)}: this Python is not the one that ComfyUI runs in")
-    if tree is not None:
-        _tell_unfinished(tree / "models")
-    wrong = False
+    models = tree / "models" if tree is not None else None
+    folders: dict[str, tuple[Path, ...]] = {}
+    unread: dict[tuple[str, str], None] = {}
+    if models is not None and tree is not None:
+        for category in doctors.CATEGORIES:
+            folders[category], problem = _roots(category, models, tree)
+            unread |= {problem: None} if problem else {}
+    shown = [("Python", f"{sys.version.split()[0]}  {sys.executable}"), ("pack", str(PACK))]
+    shown += [("ComfyUI", f"{comfyui_version(tree)}  {tree or 'not in custom_nodes, COMFYUI_PATH not set'}")]
+    shown += [(name, _version(name)) for name in REPORTED]
+    choices = [("models", str(models))] if models is not None else []
+    choices += [("device", _device())] if "torch" not in missing else []
+    choices += doctors.places()
+    machine = doctors.Machine(
+        pack=PACK,
+        models=models,
+        roots=folders,
+        versions=shown,
+        choices=choices,
+        comfyui=comfyui_version(tree).strip("-"),
+        missing=missing,
+        unread=list(unread),
+        whole_paths=True,
+    )
+    findings = doctors.examine(machine, hosts=options.hosts, wire=wire, asked=asked)
+    told = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    code = options.lang or words.code_of(next(filter(None, told), locale.getlocale()[0] or ""))
+    print(doctors.report(machine, findings, words.words_of(code)))
+    return int(any(not finding.note for finding in findings))
+
+
+def _roots(category: str, models: Path, tree: Path) -> tuple[tuple[Path, ...], tuple[str, str] | None]:
+    """The folders of a category, ComfyUI's own alone where the YAML cannot be read, and why that is so."""
     try:
-        for source, url in reach.places():
-            print(f"source      {source}: {url}")
-        for reached in reach.reach(wire=wire, asked=asked) if options.hosts else ():
-            print(reached)
-            wrong |= bool(reached.problem)
+        return roots.roots(category, models, tree=tree), None
     except FetchError as error:
-        print(error)
-        wrong = True
-    return int(verify() or bool(missing) or wrong)
+        return roots.roots(category, models), (error.what, error.found)
 
 
-def _tell_unfinished(models: Path) -> None:
-    """A line for each download that was begun and not finished, with the command that goes on."""
-    for item in read_manifest().published:
-        for file in item.files:
-            place = models / f"{file.place}{ENDING}"
-            if place.is_file():
-                size = f"{place.stat().st_size / 1e6:.1f} MB"
-                print(f"unfinished  {file.place}, {size} are there: python install.py get {item.name}")
+def _folders(categories: Sequence[str], models: Path, tree: Path | None) -> dict[str, tuple[Path, ...]]:
+    """The folders of each category, those of extra_model_paths.yaml too; FetchError when it is unreadable."""
+    return {name: roots.roots(name, models, tree=tree) for name in categories}
+
+
+def _device() -> str:
+    """What torch would run on; ComfyUI's own choice is shown by the node Language Bridge Doctor."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def convert(arguments: list[str]) -> int:
@@ -390,8 +394,8 @@ def convert(arguments: list[str]) -> int:
         models = tree / "models" if tree is not None else PACK
         written = room.convert.convert(
             options.files,
-            options.out or models / MODEL_FOLDER,
-            towers=options.out or models / TOWER_FOLDER,
+            options.out or models / bring.BRIDGES,
+            towers=options.out or models / bring.TOWERS,
             preset=options.preset,
             reference=options.reference,
             unet=options.unet,
@@ -424,10 +428,7 @@ def _room() -> Room | None:
     if importlib.util.find_spec("torch") is None:
         print(f"torch is missing in {sys.executable}. Run this with the Python that ComfyUI runs in.")
         return None
-    if "language_bridge" not in sys.modules:  # let the pack's rooms find each other
-        package = types.ModuleType("language_bridge")
-        package.__path__ = [str(PACK)]
-        sys.modules["language_bridge"] = package
+    _name_the_pack()
     import torch
 
     from language_bridge.bridges.errors import BridgeError  # pyright: ignore[reportMissingImports]
@@ -435,6 +436,22 @@ def _room() -> Room | None:
     from language_bridge.conversion import presets  # pyright: ignore[reportMissingImports]
 
     return Room(converter, presets, BridgeError, torch.float16)
+
+
+def _reports() -> tuple[Any, Any]:
+    """The modules of the doctor and of its sentences, which need no torch."""
+    _name_the_pack()
+    from language_bridge.reports import doctor, words  # pyright: ignore[reportMissingImports]
+
+    return doctor, words
+
+
+def _name_the_pack() -> None:
+    """Let the pack's rooms find each other, where this file is run as a script."""
+    if "language_bridge" not in sys.modules:
+        package = types.ModuleType("language_bridge")
+        package.__path__ = [str(PACK)]
+        sys.modules["language_bridge"] = package
 
 
 def convert_parser() -> argparse.ArgumentParser:
@@ -501,6 +518,12 @@ WITH_ARGUMENTS = {"get": get, "doctor": doctor, "convert": convert, "pin": refre
 
 def main(arguments: list[str]) -> int:
     """Run one command, or prepare when there is none; returns the exit code."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a console that has no sign for a file's name still shows the rest
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not arguments:
         return prepare()
     if arguments[0] in WITH_ARGUMENTS:

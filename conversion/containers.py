@@ -1,7 +1,7 @@
 """The guarded door for published weights: opens safetensors, checkpoints and model folders, and runs nothing.
 
 What comes in was made by strangers. A pickle is looked at before it is opened: its zip directory (nothing
-compressed, no sizes that do not add up), the names that its program mentions (a short list of ours), and then
+compressed, no sizes that do not add up), its program (followed in program.py without running it), and then
 torch's weights-only loader, with the tensors left on the disk. Safetensors headers go through encoders.guard.
 Nothing is followed out of a folder, and nothing but plain tensors with names comes through.
 """
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickletools
 import re
 import stat
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,6 +26,7 @@ from torch import load as open_pickle
 
 from ..bridges.errors import BridgeError
 from ..encoders import guard
+from .program import CHECKPOINT_CALLBACK, NUMBERS, OddProgram, check_program
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -47,7 +47,7 @@ CONFIG = "config.json"
 LARGEST_FILE_BYTES = 64 << 30
 LARGEST_TEXT_BYTES = 64 << 20
 LARGEST_CONFIG_BYTES = 1 << 20
-LARGEST_PROGRAM_BYTES = 64 << 20  # data.pkl of a pickle: names and shapes, no numbers
+LARGEST_PROGRAM_BYTES = 32 << 20  # data.pkl of a pickle: names and shapes, no numbers
 LARGEST_DIRECTORY_BYTES = 8 << 20
 MOST_SHARDS = 1000
 MOST_VIEWS = 4  # tensors of a pickle may share memory, but not be this many times larger than the file
@@ -56,29 +56,12 @@ _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "open_clip_model"
 _PARTS = ("text_encoder", "text_encoder_adapter", "unet", "unet_ema")
 _TOKENIZER_FOLDER = "tokenizer"
 
-_MEMBER = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment)")
-_SERIALIZATION_ID = ".data/serialization_id"
-_STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_NUMBERS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_CHECKPOINT_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"
-ALLOWED_GLOBALS = frozenset(
-    {
-        "collections OrderedDict",
-        "torch._utils _rebuild_tensor",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_parameter",
-        "torch Size",
-        "torch device",
-        "torch.storage UntypedStorage",
-        " ".join(_CHECKPOINT_CALLBACK),
-        *(f"torch {name}Storage" for name in _STORAGES),
-        *(f"torch {name}" for name in _NUMBERS),
-    }
+_ROOT = re.compile(r"(?!\.{1,2}/)[^/\\:\0]{1,200}/")
+_MEMBER = re.compile(
+    _ROOT.pattern + r"(data\.pkl|data/\d{1,9}|version|byteorder|\.format_version|\.storage_alignment)"
 )
-"""What the program of a pickle may mention, as "module name"; torch knows more, weights need no more."""
-
-_REFUSED_OPCODES = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
-_DTYPES = frozenset(cast(torch.dtype, getattr(torch, name)) for name in _NUMBERS)
+_SERIALIZATION_ID = ".data/serialization_id"
+_DTYPES = frozenset(cast(torch.dtype, getattr(torch, name)) for name in NUMBERS)
 _AGAIN = "Fetch the file again from where it is published, and compare its size."
 
 Fetch = Callable[[str], Tensor]
@@ -137,26 +120,51 @@ def open_sources(paths: list[Path]) -> Source:
     config: dict[str, object] = {}
     alone: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            opened = _open_folder(path)
-            parts += opened
-            if not opened:
-                found = _tokenizer_files(path, _Place(path), path.name)
-                if not found:
-                    raise _no_weights(path, path.name)
-                for name, (_, data) in found.items():
-                    _put(files, name, data)
-                alone += [file for file, _ in found.values()]
-        elif path.name == CONFIG:
-            config = _read_config(_regular(path, None, LARGEST_CONFIG_BYTES, path.name), path.name)
-            alone.append(path)
-        elif path.name in TOKENIZER_FILES:
-            _put(files, path.name, _regular(path, None, LARGEST_TEXT_BYTES, path.name).read_bytes())
-            alone.append(path)
-        else:
-            parts.append(_open_file(path))
+        with _reachable(path.name):
+            _open_source(path, parts, files, config, alone)
     used = [file for part in parts for file in part.paths]
     return Source(tuple(parts), files, config, tuple(dict.fromkeys([*used, *alone])))
+
+
+def _open_source(
+    path: Path, parts: list[Part], files: dict[str, bytes], config: dict[str, object], alone: list[Path]
+) -> None:
+    """Open one file or folder, and add what it holds to the rest."""
+    if path.is_dir():
+        opened = _open_folder(path)
+        parts += opened
+        if not opened:
+            found = _tokenizer_files(path, _Place(path), path.name)
+            if not found:
+                raise _no_weights(path, path.name)
+            for name, (_, data) in found.items():
+                _put(files, name, data)
+            alone += [file for file, _ in found.values()]
+    elif path.name == CONFIG:
+        config.clear()
+        config |= _read_config(_regular(path, None, LARGEST_CONFIG_BYTES, path.name), path.name)
+        alone.append(path)
+    elif path.name in TOKENIZER_FILES:
+        _put(files, path.name, _regular(path, None, LARGEST_TEXT_BYTES, path.name).read_bytes())
+        alone.append(path)
+    else:
+        parts.append(_open_file(path))
+
+
+@contextmanager
+def _reachable(name: str) -> Generator[None, None, None]:
+    """Say in words what the file system makes of a path: too long, a NUL in it, a ring of links, no right."""
+    try:
+        yield
+    except BridgeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _refused(
+            name[-120:],
+            f"{type(error).__name__}: {error!s:.200}",
+            "a path that can be read",
+            "Check the path.",
+        ) from error
 
 
 def _put(files: dict[str, bytes], name: str, data: bytes) -> None:
@@ -172,17 +180,20 @@ def _put(files: dict[str, bytes], name: str, data: bytes) -> None:
 
 def read_foreign(path: Path) -> Weights:
     """The tensors of one published file, by name; BridgeError when anything in it is odd."""
-    return _read_weights(path, None, path.name)
+    with _reachable(path.name):
+        return _read_weights(path, None, path.name)
 
 
-def provenance(paths: tuple[Path, ...]) -> list[dict[str, object]]:
-    """Name, size in bytes and SHA-256 of each file, in the order given."""
+def provenance(paths: tuple[Path, ...], between: Callable[[], None] | None = None) -> list[dict[str, object]]:
+    """Name, size in bytes and SHA-256 of each file, in the order given; `between` is called at each block."""
     facts: list[dict[str, object]] = []
     for path in paths:
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
+                if between is not None:
+                    between()
         facts.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()})
     return facts
 
@@ -194,13 +205,20 @@ class _Place:
     """A folder that nothing may lead out of. The Hub's cache links its snapshots to blobs beside them."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder.resolve()
+        self.root = _resolved(folder)
         for parent in self.root.parents:
             if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
                 self.root = parent.parent
 
     def holds(self, path: Path) -> bool:
-        return path.resolve().is_relative_to(self.root)
+        return _resolved(path).is_relative_to(self.root)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # what Python says of a ring of links before 3.13
+        raise OSError(str(error)) from error
 
 
 def _open_folder(folder: Path) -> list[Part]:
@@ -321,7 +339,8 @@ def _regular(path: Path, place: _Place | None, limit: int, name: str) -> Path:
 
 
 def _read_config(path: Path, name: str) -> dict[str, object]:
-    return guard.parse_json(path.read_bytes(), f"The file {name!r} cannot be read.")
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put it there
+    return guard.parse_json(text, f"The file {name!r} cannot be read.")
 
 
 def _read_weights(path: Path, place: _Place | None, name: str) -> Weights:
@@ -354,7 +373,7 @@ def _read_safetensors(path: Path) -> Weights:
         except (SafetensorError, OSError) as error:
             raise _refused(path.name, f"{error!s:.200}", "a whole safetensors file", _AGAIN) from error
 
-    names = {number: getattr(torch, word) for number, word in zip(_SAFETENSORS_DTYPES, _NUMBERS, strict=True)}
+    names = {number: getattr(torch, word) for number, word in zip(_SAFETENSORS_DTYPES, NUMBERS, strict=True)}
     return Weights(layout.shapes, {key: names[entry.dtype] for key, entry in layout.tensors.items()}, fetch)
 
 
@@ -394,7 +413,7 @@ def _read_shards(index: Path, place: _Place, name: str) -> tuple[Weights, tuple[
 
 def _read_pickle(path: Path, name: str) -> Weights:
     """Torch's zip format only: checked, then opened by the weights-only loader, the numbers on the disk."""
-    _check_program(_program_of(path, name), name)
+    _check_program(*_program_of(path, name), name)
     with _inert_callback():
         try:
             loaded: object = open_pickle(path, map_location="cpu", weights_only=True, mmap=True)
@@ -405,12 +424,17 @@ def _read_pickle(path: Path, name: str) -> Weights:
             asked = re.search(r"GLOBAL (\S+)", str(error))
             found = f"a call of {asked.group(1)}" if asked else f"{type(error).__name__} while reading"
             raise _refused(name, found, "plain tensors by name", _UNTRUSTED) from error
-    state = cast("dict[object, object]", loaded)
-    if isinstance(loaded, dict) and isinstance(state.get("state_dict"), dict):
-        state = cast("dict[object, object]", state["state_dict"])
-    elif not isinstance(loaded, dict):
+    state = _items(loaded)
+    if state is None:
         raise _refused(name, f"a {type(loaded).__name__}", "tensors by name", _UNTRUSTED)
-    return _plain_tensors(state, name, path.stat().st_size)
+    inner = _items(state.get("state_dict"))
+    return _plain_tensors(state if inner is None else inner, name, path.stat().st_size)
+
+
+def _items(value: object) -> dict[object, object] | None:
+    """A plain dict of a dict or OrderedDict, whose attributes may hide its methods, but not its class's."""
+    plain: Any = dict
+    return plain(plain.items(value)) if isinstance(value, dict) else None
 
 
 _UNTRUSTED = "Do not open it by other means. Look for a .safetensors or diffusers version of these weights."
@@ -423,7 +447,8 @@ def _plain_tensors(state: Mapping[object, object], name: str, size_bytes: int) -
     total_bytes = 0
     for key, value in state.items():
         if not isinstance(key, str) or not guard.TENSOR_NAME.fullmatch(key):
-            raise _refused(name, f"a tensor called {key!r:.80}", "plain names", _UNTRUSTED)
+            called = repr(key[:80]) if isinstance(key, str) else f"by a {type(key).__name__}"
+            raise _refused(name, f"a tensor called {called:.80}", "plain names", _UNTRUSTED)
         if type(value) not in (Tensor, torch.nn.Parameter):
             raise _refused(name, f"{key!r} is a {type(value).__name__}", "tensors by name", _UNTRUSTED)
         tensor = cast(Tensor, value).detach()
@@ -446,8 +471,8 @@ def _plain_tensors(state: Mapping[object, object], name: str, size_bytes: int) -
     return Weights(shapes, {key: tensor.dtype for key, tensor in tensors.items()}, tensors.__getitem__)
 
 
-def _program_of(path: Path, name: str) -> bytes:
-    """The pickle inside torch's zip, after a look at the directory."""
+def _program_of(path: Path, name: str) -> tuple[bytes, dict[str, int]]:
+    """The pickle inside torch's zip, after a look at the directory, and the bytes of each stored record."""
     where = "an archive as torch.save writes it"
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -468,11 +493,43 @@ def _program_of(path: Path, name: str) -> bytes:
                     raise _refused(
                         name, f"{program.file_size} bytes", f"at most {LARGEST_PROGRAM_BYTES}", _UNTRUSTED
                     )
-                return archive.read(program)
+                stored = {
+                    member.filename.rpartition("/")[2]: member.file_size
+                    for member in members
+                    if "/data/" in member.filename
+                }
+                found = archive.read(program)
         except BridgeError:
             raise
         except Exception as error:  # whatever the library makes of a damaged directory
             raise _refused(name, f"{type(error).__name__}: {error!s:.120}", where, _AGAIN) from error
+    _require_same(path, found, stored, name)
+    return found, stored
+
+
+def _require_same(path: Path, program: bytes, stored: Mapping[str, int], name: str) -> None:
+    """Refuse an archive that torch's own reader sees in another way than the one it was checked with."""
+    try:
+        reader = cast(Any, torch)._C.PyTorchFileReader(str(path))
+        same = bytes(reader.get_record("data.pkl")) == program
+        records = {record for record in reader.get_all_records() if record.startswith("data/")}
+        same = same and records == {f"data/{key}" for key in stored}
+    except Exception as error:  # whatever the library makes of a damaged archive
+        raise _refused(
+            name, f"{type(error).__name__} while reading", "an archive as torch.save writes it", _AGAIN
+        ) from error
+    if not same:
+        raise _refused(name, "an archive of two readings", "an archive as torch.save writes it", _UNTRUSTED)
+
+
+def _check_program(program: bytes, stored: Mapping[str, int], name: str) -> None:
+    """Refuse a pickle whose program is more than plain tensors need. Nothing is run here."""
+    try:
+        check_program(program, stored)
+    except OddProgram as error:
+        raise _refused(
+            name, str(error), "plain tensors by name, as torch.save writes them", _UNTRUSTED
+        ) from error
 
 
 def _check_directory(file: BinaryIO, size: int, name: str) -> None:
@@ -500,13 +557,14 @@ def _check_directory(file: BinaryIO, size: int, name: str) -> None:
 
 
 def _check_members(members: list[zipfile.ZipInfo], size: int, name: str) -> None:
-    names = [member.filename for member in members]
+    names = [member.orig_filename for member in members]  # before a NUL cuts it off
     if any("/code/" in member or member.endswith("/constants.pkl") for member in names):
         raise _refused(name, "a TorchScript program", "weights alone", _UNTRUSTED)
     odd = [
         member
         for member in names
-        if not _MEMBER.fullmatch(member) and not member.endswith(f"/{_SERIALIZATION_ID}")
+        if not _MEMBER.fullmatch(member)
+        and not (member.endswith(f"/{_SERIALIZATION_ID}") and _ROOT.match(member))
     ]
     roots = {member.split("/", 1)[0] for member in names}
     if odd or len(roots) != 1 or len(set(names)) != len(names) or f"{min(roots)}/data.pkl" not in names:
@@ -530,24 +588,9 @@ def _check_members(members: list[zipfile.ZipInfo], size: int, name: str) -> None
         )
 
 
-def _check_program(program: bytes, name: str) -> None:
-    """Refuse a pickle whose program mentions anything but what tensors need. Nothing is run here."""
-    try:
-        for opcode, argument, _ in pickletools.genops(program):
-            if opcode.name in _REFUSED_OPCODES:
-                raise _refused(name, f"the pickle instruction {opcode.name}", "plain tensors", _UNTRUSTED)
-            if opcode.name == "GLOBAL" and argument not in ALLOWED_GLOBALS:
-                asked = str(argument).replace(" ", ".")
-                raise _refused(name, f"a mention of {asked[:120]}", "plain tensors by name", _UNTRUSTED)
-    except BridgeError:
-        raise
-    except Exception as error:  # whatever a damaged program makes of it
-        raise _refused(name, f"{type(error).__name__}: {error!s:.120}", "a whole pickle", _AGAIN) from error
-
-
 def _inert_callback() -> Any:
     """Lets old Lightning checkpoints name a callback class: the name then means an empty class of ours."""
-    module, name = _CHECKPOINT_CALLBACK
+    module, name = CHECKPOINT_CALLBACK
     stand_in = type(name, (), {"__module__": module, "__qualname__": name})
     allow = getattr(torch.serialization, "safe_globals", None)
     return nullcontext() if allow is None else allow([stand_in])

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -113,6 +113,7 @@ def convert(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     presets: Presets | None = None,
+    between: Callable[[], None] | None = None,
 ) -> list[Path]:
     """Convert published files that belong together, and return the files that were written.
 
@@ -121,6 +122,7 @@ def convert(
     to follow (None = the only one that fits). reference: the checkpoint that the U-Net was trained from.
     unet: "auto" (what the method asks for), "none", "kv", "attn2" or "full"; form: "replace" or "delta".
     name: of the bridge file (None = the preset's). dtype: of the numbers written (None = as published).
+    between: called between steps; what it raises ends the conversion, and nothing is written.
 
     BridgeError, and nothing is written, when a file is odd, unknown, claimed twice, or of several readings,
     when the U-Net is not as the method promises, or a file of that name is there and `overwrite` is not set.
@@ -128,10 +130,11 @@ def convert(
     if unet not in UNET_CHOICES or form not in unets.FORMS:
         guard.one_of(unet, UNET_CHOICES, "U-Net part", "conversion")
         guard.one_of(form, unets.FORMS, "form of the U-Net part", "conversion")
+    step = between or _nothing_between
     table = published() if presets is None else presets
     source = open_sources(list(paths))
     contents = _contents(source)
-    facts = provenance(source.paths)
+    facts = provenance(source.paths, step)
     choice = _choose(contents, table, preset, {str(fact["sha256"]) for fact in facts})
     writes_bridge = choice.method is not None and (
         contents.bridge is not None or choice.method.kind == "identity"
@@ -171,10 +174,12 @@ def convert(
         training |= said
     tower = _build_tower(choice, table, source, dtype) if choice.parts else None
     with _Staging() as staging:
+        step()
         digest = ""
         if tower is not None:
             place = (towers or out) / f"{_file_name(choice.tower.name)}{TOWER_ENDING}{SAFETENSORS}"
             digest = _write_tower(staging, place, tower, choice.tower, record, overwrite)
+        step()
         if bridge is not None:
             method = cast(MethodRow, choice.method)
             training |= {"template": dict(method.template)} if method.template else {}
@@ -196,7 +201,12 @@ def convert(
             if dtype is not None:
                 tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
             save_bridge(staging.file(target), header, bridge, unet=tensors)
+        step()
         return staging.publish()
+
+
+def _nothing_between() -> None:
+    pass
 
 
 def report(written: Sequence[Path]) -> list[str]:
@@ -731,7 +741,7 @@ class _Staging:
         """The passing name for `target`."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise BridgeError(
                 f"The folder {str(target.parent)!r} cannot be made.",
                 error,
@@ -771,7 +781,7 @@ def _write_tower(
 ) -> str:
     """Write the tower unless the very same is there; returns its digest."""
     header, tensors = pack_encoder(tower, languages=row.languages, licence=row.licence, source=row.source)
-    if target.exists() and not overwrite and _same_tower(target, header):
+    if not overwrite and target.is_file() and _same_tower(target, header):
         staging.keep(target)
         return header.digest
     _require_free(target, overwrite)
@@ -788,7 +798,16 @@ def _same_tower(path: Path, header: EncoderHeader) -> bool:
 
 
 def _require_free(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
+    try:
+        there = target.exists() or target.is_symlink()
+    except OSError as error:  # a name that the system cannot take
+        raise BridgeError(
+            f"The file {target.name!r} cannot be written there.",
+            error,
+            "a folder that can be written to",
+            "Choose another folder.",
+        ) from error
+    if there and not overwrite:
         raise BridgeError(
             f"There is a file {target.name!r} already.",
             str(target),
@@ -798,7 +817,9 @@ def _require_free(target: Path, overwrite: bool) -> None:
 
 
 def _file_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}", name):
+    """The same name when it is one on every system; not a device of Windows, whatever its ending."""
+    device = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)
+    if device or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}", name):
         raise BridgeError(
             "The bridge file cannot have this name.",
             repr(name)[:120],

@@ -129,11 +129,10 @@ def published() -> Presets:
 
 def read_presets(path: Path) -> Presets:
     """Read a table; BridgeError naming the row and the field that is wrong."""
+    data = guard.read_small(path, LARGEST_TABLE_BYTES)
     try:
-        if path.stat().st_size > LARGEST_TABLE_BYTES:
-            raise _bad(path.name, f"{path.stat().st_size} bytes", f"at most {LARGEST_TABLE_BYTES}")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise _bad(path.name, str(error)[:200], "a readable table in UTF-8") from error
     fields = guard.parse_header(text, FORMAT, _OWNER)
     towers = {row.name: row for row in (_tower(row) for row in _rows(fields, "towers"))}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..bridges.base import Hidden, parse_spec
 from ..bridges.errors import BridgeError
+from . import guard
 from .base import Encoder, EncoderSpec, Layers, Piece, families, too_long
 
 _AGAIN = "The file is damaged or was made by another version; fetch or save it again."
@@ -69,11 +70,7 @@ class Half:
     def from_json(text: str) -> Half:
         """Read a half; BridgeError when it is damaged."""
         what = "The sizes (spec) of a half of this dual tower are damaged."
-        try:
-            value: object = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BridgeError(what, f"{error!s:.200}", "a JSON object", _AGAIN) from error
-        fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+        fields = guard.parse_json(text, what)
         family, spec = fields.get("family"), fields.get("spec")
         layer, mask_rule = fields.get("layer"), fields.get("mask_rule")
         if (
@@ -241,11 +238,7 @@ def join(first: Encoder, second: Encoder, *, identity: str, window: int) -> Dual
 
 
 def _both_tokenizers(tokenizer_json: bytes) -> tuple[bytes, bytes]:
-    try:
-        value: object = json.loads(tokenizer_json)
-    except (ValueError, RecursionError):
-        value = None
-    fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    fields = guard.parse_json(tokenizer_json, "The text tower's tokenizer cannot be used.")
     first, second = fields.get("first"), fields.get("second")
     if set(fields) != {"first", "second"} or not isinstance(first, str) or not isinstance(second, str):
         raise BridgeError(

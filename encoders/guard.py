@@ -16,7 +16,9 @@ import math
 import mmap
 import os
 import re
+import reprlib
 import secrets
+import stat
 import struct
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 LARGEST_HEADER_BYTES = 8 << 20
 MOST_TENSORS = 20_000
+MOST_LISTS = 500_000
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 LEAST_ROOM_BYTES = 8 << 20
 _OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
@@ -94,14 +97,46 @@ def read_layout(path: StrPath) -> Layout:
 
 @contextmanager
 def _opened(path: StrPath) -> Generator[io.FileIO, None, None]:
+    name = Path(path).name
     try:
-        file = io.FileIO(os.fspath(path))
-    except OSError as error:
+        file = io.FileIO(os.fspath(path), opener=_without_waiting)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise BridgeError(
-            f"The file {Path(path).name!r} cannot be opened.", error, "a readable file", "Check its path."
+            f"The file {name[-120:]!r} cannot be opened.", error, "a readable file", "Check its path."
         ) from error
     with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BridgeError(
+                f"The file {name[-120:]!r} cannot be opened.",
+                "a pipe, a device or something else that is no ordinary file",
+                "a file",
+                "Check its path.",
+            )
         yield file
+
+
+def read_small(path: StrPath, most_bytes: int) -> bytes:
+    """All of an ordinary file of at most so many bytes; BridgeError when it is larger or something else."""
+    with _opened(path) as file:
+        try:
+            data = file.read(most_bytes + 1)
+        except OSError as error:
+            raise BridgeError(
+                f"The file {Path(path).name!r} cannot be read.", error, "a readable file", "Check its path."
+            ) from error
+    if len(data) > most_bytes:
+        raise BridgeError(
+            f"The file {Path(path).name!r} is too large.",
+            f"more than {most_bytes} bytes",
+            f"at most {most_bytes} bytes",
+            "Choose the file that is meant.",
+        )
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe at once, too, although nobody writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
 
 
 def _layout(file: io.FileIO, name: str) -> Layout:
@@ -118,6 +153,9 @@ def _layout(file: io.FileIO, name: str) -> Layout:
             raise BridgeError(where, f"{len(header)} bytes of header", f"{length} bytes", _AGAIN)
     except OSError as error:
         raise BridgeError(where, error, "a whole safetensors file", _AGAIN) from error
+    lists = header.count(b"[") + header.count(b"{")
+    if lists > MOST_LISTS:  # they would cost far more than their bytes
+        raise BridgeError(where, f"a header with {lists} lists", f"at most {MOST_LISTS}", _AGAIN)
     fields = parse_json(header, where)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
@@ -133,7 +171,10 @@ def _layout(file: io.FileIO, name: str) -> Layout:
         checked = _tensor_entry(name, entry, 8 + length, payload_bytes)
         if checked is None:
             raise BridgeError(
-                where, f"tensor {name!r:.80}: {entry!r:.120}", "dtype, shape and offsets that agree", _AGAIN
+                where,
+                f"tensor {name!r:.80}: {reprlib.repr(entry):.160}",
+                "dtype, shape and offsets that agree",
+                _AGAIN,
             )
         tensors[name] = checked[0]
         spans.append(checked[1])
@@ -574,9 +615,18 @@ class Hasher:
 
 
 def parse_json(text: bytes | str, what: str) -> dict[str, object]:
-    """Read one JSON object; BridgeError(`what`, ...) on anything else, on NaN and on a name given twice."""
+    """Read one JSON object; BridgeError(`what`, ...) on anything else, on NaN and on a name given twice.
+
+    Bytes are UTF-8 without a byte order mark, and nothing else, as in safetensors files.
+    """
     try:
-        value: object = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value: object = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique
+        )
+        if "\\ud" in text.lower():
+            # Halves of a letter: json takes them, but nothing could print, hash or send them.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise BridgeError(what, f"{type(error).__name__}: {error!s:.200}", "a JSON header", _AGAIN) from error
     if not isinstance(value, dict):
@@ -586,6 +636,12 @@ def parse_json(text: bytes | str, what: str) -> dict[str, object]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number:.40} is too large a number")
+    return float(number)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -10,6 +10,7 @@ letter): it drops the mark there, as every "fast" tokenizer of a SentencePiece m
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of pieces
 UNIGRAM, BPE = 1, 2  # SentencePiece's types of models
 MOST_PIECES = 1 << 20
+MOST_CUTS = 1 << 26
+"""How many letters are compared to find the merges of a SentencePiece model; Gemma's asks for a tenth."""
+LARGEST_GROWTH = 64
+"""How many times as long a tokenizer's replacements may make a text."""
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_CHARACTERS = re.compile(rb'"precompiled_charsmap"\s*:\s*"([A-Za-z0-9+/=]*)"')
+_HIDDEN = re.compile(rb"\\u00(?:3\d|4[1-9a-fA-F]|5[0-9aAfF]|6[1-9a-fA-F]|7[0-9aA])")
 
 _AGAIN = "Fetch the file again from where its authors published it."
 
@@ -49,8 +58,10 @@ def _open(tokenizer_json: bytes) -> tuple[Tokenizer, int]:
     """The tokenizer, and the largest id that it gives."""
     from tokenizers import Tokenizer
 
+    _require_honest(tokenizer_json)
     try:
         tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
+        growth, dropout = _growth(tokenizer), getattr(tokenizer.model, "dropout", None)
         count = tokenizer.get_vocab_size()
         # As many ids without a gap as there are tokens: none is larger. A whole dictionary costs twice that.
         if count and None not in map(tokenizer.id_to_token, range(count)):
@@ -61,13 +72,63 @@ def _open(tokenizer_json: bytes) -> tuple[Tokenizer, int]:
         raise
     except BaseException as error:  # a panic inside the Rust library is not an Exception
         raise _unusable(f"{type(error).__name__}: {error!s:.200}", "a tokenizer.json") from error
+    if growth > LARGEST_GROWTH:
+        raise _unusable(f"a text that becomes {growth} times as long", f"at most {LARGEST_GROWTH} times")
+    if dropout:
+        raise _unusable(f"dropout {dropout!r:.20}, which cuts a text anew each time", "no dropout")
     return tokenizer, largest
+
+
+def _require_honest(tokenizer_json: bytes) -> None:
+    """Refuse a map of characters (Precompiled) whose sizes lie: the library would end the whole process.
+
+    The JSON is searched, not parsed, which would take as long as opening it; so nothing may be spelled in
+    escapes that would hide a word from the search.
+    """
+    if _HIDDEN.search(tokenizer_json):
+        raise _unusable("ASCII letters written as escapes", "letters written as they are")
+    for found in _CHARACTERS.finditer(tokenizer_json):
+        text = found.group(1)
+        length = len(text) // 4 * 3 - text.count(b"=")
+        first = 0
+        for letter in text[:8].ljust(8, b"A"):
+            first = first << 6 | max(0, _BASE64.find(letter))
+        _require_map(first.to_bytes(6, "big")[:4], length)
+    if tokenizer_json.count(b"precompiled_charsmap") != len(_CHARACTERS.findall(tokenizer_json)):
+        raise _unusable("a map of characters in an odd place", "one text in base64")
+
+
+def _require_map(start: bytes, length: int) -> None:
+    """Refuse SentencePiece's compiled map of characters unless its first number, a size, is true.
+
+    start: its first bytes; length: how many it has.
+    """
+    size = int.from_bytes(start[:4], "little")
+    if length < 4 or size % 4 or not 0 < size <= length - 4:
+        raise _unusable(f"a map of characters of {length} bytes that announces {size}", "a whole map")
+
+
+def _growth(tokenizer: Tokenizer) -> int:
+    """How many times as long the replacements of the normaliser can make a text, at most."""
+    normaliser = cast(Any, tokenizer).normalizer
+    if normaliser is None:
+        return 1
+    growth, waiting = 1, [json.loads(normaliser.__getstate__())]
+    while waiting:
+        step = waiting.pop()
+        waiting += step.get("normalizers", ())
+        pattern = step.get("pattern")
+        if isinstance(pattern, dict):
+            length = len(cast("dict[str, str]", pattern).get("String", " "))
+            growth *= max(1, -(-len(step.get("content", "")) // max(1, length)))
+        growth *= 1 + len(step.get("prepend", ()))
+    return growth
 
 
 def unknown_id(tokenizer_json: bytes) -> int | None:
     """The id of the token for text that the vocabulary does not have; None where every text has tokens."""
     value: Any = json.loads(tokenizer_json)
-    model: dict[str, Any] = value["model"]
+    model: dict[str, Any] = value["model"]  # as the library has it: it has opened the same text
     if model.get("byte_fallback"):
         return None
     if "unk_id" in model:
@@ -80,7 +141,12 @@ def unknown_id(tokenizer_json: bytes) -> int | None:
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, int]]:
     """(id, start, end) of each token of `text`, special tokens not added, offsets in characters."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic inside the Rust library is not an Exception
+        raise _unusable(f"{type(error).__name__}: {error!s:.200}", "one that can cut this text") from error
     return [(number, *span) for number, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
 
@@ -138,6 +204,8 @@ def word_list(vocab_txt: bytes) -> list[str]:
         lines = vocab_txt.decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise _unreadable("vocab.txt", str(error), "UTF-8 text, one token a line") from error
+    if len(lines) > MOST_PIECES:
+        raise _unreadable("vocab.txt", f"{len(lines)} lines", f"at most {MOST_PIECES}")
     return lines[:-1] if not lines[-1] else lines
 
 
@@ -253,36 +321,48 @@ def sentencepiece_json(
     ids = {piece: number for number, (piece, _) in enumerate(listed)}
     if len(ids) != len(listed):
         raise _unreadable(name, f"{len(listed) - len(ids)} pieces twice", "every piece once")
-    if model.kind == UNIGRAM:
-        core: Any = models.Unigram(listed, unk_id=unknown, byte_fallback=model.byte_fallback)
-    else:
-        core = models.BPE(
-            vocab=ids,
-            merges=_merges(model, ids),
-            unk_token=listed[unknown][0],
-            fuse_unk=True,
-            byte_fallback=model.byte_fallback,
-        )
-    tokenizer = Tokenizer(core)
-    steps: list[Any] = [normalizers.Precompiled(model.characters)] if model.characters else []
-    if model.tidy_spaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if model.leading_space:
-        steps.append(normalizers.Prepend(SPACE))
-    steps.append(normalizers.Replace(" ", SPACE))
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    control = [piece for piece, _, kind in model.pieces if kind in (CONTROL, UNKNOWN) and piece in ids]
-    own = [piece for piece, _, kind in model.pieces if kind == USER_DEFINED]
-    marks = dict.fromkeys([*control, *special])
-    adding = cast(Any, tokenizer)
-    adding.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marks])
-    adding.add_tokens([AddedToken(token, normalized=False, special=False) for token in own])
-    return tokenizer.to_str().encode("utf-8")
+    if model.characters:
+        _require_map(model.characters, len(model.characters))
+    try:
+        if model.kind == UNIGRAM:
+            core: Any = models.Unigram(listed, unk_id=unknown, byte_fallback=model.byte_fallback)
+        else:
+            core = models.BPE(
+                vocab=ids,
+                merges=_merges(model, ids),
+                unk_token=listed[unknown][0],
+                fuse_unk=True,
+                byte_fallback=model.byte_fallback,
+            )
+        tokenizer = Tokenizer(core)
+        steps: list[Any] = [normalizers.Precompiled(model.characters)] if model.characters else []
+        if model.tidy_spaces:
+            steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+            steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+        if model.leading_space:
+            steps.append(normalizers.Prepend(SPACE))
+        steps.append(normalizers.Replace(" ", SPACE))
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        control = [piece for piece, _, kind in model.pieces if kind in (CONTROL, UNKNOWN) and piece in ids]
+        own = [piece for piece, _, kind in model.pieces if kind == USER_DEFINED]
+        marks = dict.fromkeys([*control, *special])
+        adding = cast(Any, tokenizer)
+        adding.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marks])
+        adding.add_tokens([AddedToken(token, normalized=False, special=False) for token in own])
+        return tokenizer.to_str().encode("utf-8")
+    except BridgeError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic inside the Rust library is not an Exception
+        raise _unreadable(name, f"{type(error).__name__}: {error!s:.200}", "a SentencePiece model") from error
 
 
 def _merges(model: SentencePieceModel, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     """Pairs of pieces that join to a piece, best score first, as SentencePiece's BPE joins them."""
+    cuts = sum(len(piece) ** 2 for piece, _, kind in model.pieces if kind in (NORMAL, UNUSED))
+    if cuts > MOST_CUTS:
+        raise _unusable(f"pieces so long that {cuts} letters must be compared", f"at most {MOST_CUTS}")
     joinable = {piece for piece, _, kind in model.pieces if kind in (NORMAL, USER_DEFINED, UNUSED)}
     ranked: list[tuple[float, int, int, str, str]] = []
     for piece, score, kind in model.pieces:

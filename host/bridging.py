@@ -21,7 +21,7 @@ from ..encoders import guard
 from ..encoders.base import Encoder
 from ..encoders.file import load_encoder, read_encoder_header
 from ..prompt import MODES
-from . import branch, carried, folders
+from . import branch, carried, folders, travel
 from .base import NAMES, Base, base_of
 from .borrowed import FAMILY, BorrowedEncoder, BorrowedTower, borrow, refuse
 from .branch_clip import BranchedClip, Voice
@@ -47,21 +47,26 @@ BRANCHES: WeakValueDictionary[tuple[str, torch.dtype], Any] = WeakValueDictionar
 
 
 def bridge(
-    model: Any, clip: Any, name: str, strength: float, route: str, tower: Any = None
+    model: Any, clip: Any, name: str, strength: float, route: str, tower: Any = None, identity: str = ""
 ) -> tuple[Any, BridgedClip | BranchedClip]:
     """MODEL with what the bridge adds to it (the very same object when that is nothing), and a bridged CLIP.
 
     name: a bridge of the folders; strength: weight of the native text, > 0, or of a branch's residuals;
-    route: one of `prompt.MODES`; tower: a CLIP of the host, for bridges that read one. BridgeError, in words
-    and before sampling, when base, bridge and text tower do not belong together or a file is damaged or
-    missing.
+    route: one of `prompt.MODES`; tower: a CLIP of the host, for bridges that read one; identity: what the
+    graph says of the bridge beside its name (`travel`). BridgeError, in words and before sampling, when base,
+    bridge and text tower do not belong together or a file is damaged or missing.
     """
     if route not in MODES:
         raise BridgeError(
             "There is no such route.", repr(route), " or ".join(MODES), "Choose one of the list."
         )
     base = base_of(model, clip)
-    path = folders.bridge_path(name)
+    meant = travel.resolve(name, identity)
+    if meant.note is not None:
+        logging.warning("Language Bridge: %s", meant.say("English"))
+    elif meant.name != name:
+        logging.info("Language Bridge: %r is called %r here", name, meant.name)
+    name, path = meant.name, meant.path
     header = folders.bridge_header(path)
     _check(header, base, name)
     _check_unet(header, guard.read_layout(path).shapes, model, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from ..bridges.errors import BridgeError
 from ..bridges.file import BridgeHeader, EncoderRef, read_header
 from ..encoders.file import EncoderHeader, read_encoder_header
 from ..encoders.ledger import Ledger
+from .identity import OWN_FOLDER, plain
 
 FOLDER = "language_bridges"
+ELSEWHERE = ("text_encoders", "controlnet")
+"""Other folders of models in which bridges are found, by their headers."""
 SUFFIX = ".safetensors"
-OWN_FOLDER = "language_bridge"
 LEDGER = "verified.json"
 _ASSETS = Path(__file__).parent.parent / "pocket" / "assets"
 
@@ -35,29 +37,90 @@ def register() -> None:
 
 
 def bridge_names() -> list[str]:
-    """Names of every file in the bridge folders, for the node's combo."""
-    return folder_paths.get_filename_list(FOLDER)
+    """Names of every bridge for the node's combo: files of the bridge folders, then those found elsewhere.
+
+    A bridge in another folder has that folder behind its name: "mine.safetensors [controlnet]".
+    """
+    names = folder_paths.get_filename_list(FOLDER)
+    return [*names, *(name for name in _elsewhere() if name not in names)]
 
 
-def bridge_path(name: str) -> Path:
-    """The file of a bridge name; only names that the folders list are accepted, so none leads elsewhere."""
-    names = bridge_names()
-    if name not in names:
-        raise BridgeError(
-            f"There is no bridge called {name!r}.",
-            f"{len(names)} bridges: {', '.join(names[:8]) or 'none'}",
-            "a file of the folder models/language_bridges",
-            "Put the bridge file there, press R in the browser to refresh, and choose it again.",
-        )
-    found = folder_paths.get_full_path(FOLDER, name)
+def find(name: str) -> tuple[str, Path] | None:
+    """Name in the list and file of a bridge; None when the list has none of that name.
+
+    Only names that the folders list are found, so none leads elsewhere. Slashes may be those of another
+    system. BridgeError when the file has gone since it was listed.
+    """
+    here = listed(name, folder_paths.get_filename_list(FOLDER))
+    if here is not None:
+        found = folder_paths.get_full_path(FOLDER, here)
+    else:
+        others = _elsewhere()
+        here = listed(name, others)
+        if here is None:
+            return None
+        found = str(others[here])
     if found is None or not os.path.isfile(found):
         raise BridgeError(
-            f"The bridge file {name!r} has gone.",
+            f"The bridge file {here!r:.120} has gone.",
             "a name in the list without a file behind it",
             "a file of the folder models/language_bridges",
             "Put the file back, or press R in the browser to refresh the list.",
         )
-    return Path(found)
+    return here, Path(found)
+
+
+def bridge_path(name: str) -> Path:
+    """The file of a bridge name; BridgeError when there is none."""
+    found = find(name)
+    if found is None:
+        names = bridge_names()
+        raise BridgeError(
+            f"There is no bridge called {name!r:.120}.",
+            f"{len(names)} bridges: {', '.join(names[:8]) or 'none'}",
+            "a file of the folder models/language_bridges",
+            "Put the bridge file there, press R in the browser to refresh, and choose it again.",
+        )
+    return found[1]
+
+
+def listed(name: str, names: Iterable[str]) -> str | None:
+    """The name of the list that is meant, also when another system wrote it; None: it is not there."""
+    names = list(names)
+    if name in names:
+        return name
+    return next((other for other in names if plain(other) == plain(name)), None)
+
+
+def _elsewhere() -> dict[str, Path]:
+    """Bridges that lie in the folders of other models, by their name in the list."""
+    found: dict[str, Path] = {}
+    for folder in ELSEWHERE:
+        if folder not in folder_paths.folder_names_and_paths:
+            continue
+        for name in folder_paths.get_filename_list(folder):
+            place = folder_paths.get_full_path(folder, name) if name.lower().endswith(SUFFIX) else None
+            if place is not None and _header_here(Path(place)) is not None:
+                found[f"{name} [{folder}]"] = Path(place)
+    if not found:
+        return found
+    ours = {os.path.realpath(root) for root in _bridge_roots()}
+    return {name: path for name, path in found.items() if not any(_is_below(path, root) for root in ours)}
+
+
+def _is_below(path: Path, root: str) -> bool:
+    """Whether a file lies in a folder, so that a folder registered for two kinds is listed once."""
+    return os.path.realpath(path).startswith(os.path.join(root, ""))
+
+
+def _header_here(path: Path) -> BridgeHeader | None:
+    """The header of a bridge; None of any other file, readable or not."""
+    try:
+        facts = path.stat()
+        return _bridge_header(str(path), facts.st_size, facts.st_mtime_ns)
+    except (OSError, BridgeError) as error:
+        logging.debug("Language Bridge passes over %s: %s", path.name, error)
+        return None
 
 
 def bridge_header(path: Path) -> BridgeHeader:
@@ -104,6 +167,19 @@ def encoder_path(wanted: EncoderRef, bridge: str) -> Path:
     )
 
 
+def headers() -> Iterator[tuple[str, Path, BridgeHeader]]:
+    """Name, file and header of every bridge that can be read."""
+    places: dict[str, Path] = {}
+    for name in folder_paths.get_filename_list(FOLDER):
+        found = folder_paths.get_full_path(FOLDER, name)
+        if found is not None:
+            places[name] = Path(found)
+    for name, path in (places | {n: p for n, p in _elsewhere().items() if n not in places}).items():
+        header = _header_here(path)
+        if header is not None:
+            yield name, path, header
+
+
 def files_of(name: str) -> list[Path]:
     """Every file that a bridge is made of: its own, and the tower's when that is a file of its own."""
     path = bridge_path(name)
@@ -113,10 +189,14 @@ def files_of(name: str) -> list[Path]:
 
 
 def towers() -> Iterator[tuple[Path, EncoderHeader]]:
-    """Every tower file of the text encoder and bridge folders with its header."""
-    roots = [*folder_paths.get_folder_paths("text_encoders"), *_bridge_roots(), str(_ASSETS / "encoders")]
+    """Every tower file of the text encoder, bridge and ControlNet folders with its header."""
+    roots = [*_roots("text_encoders"), *_bridge_roots(), *_roots("controlnet"), str(_ASSETS / "encoders")]
     for root in dict.fromkeys(roots):
-        for folder, _, names in os.walk(root, followlinks=True):
+        been: set[str] = set()
+        for folder, inner, names in os.walk(root, followlinks=True):
+            been.add(os.path.realpath(folder))
+            # A link that leads back up would be walked until the path is too long for the system.
+            inner[:] = [name for name in inner if os.path.realpath(os.path.join(folder, name)) not in been]
             for name in sorted(names):
                 if not name.lower().endswith(SUFFIX):
                     continue
@@ -142,8 +222,18 @@ def _ledger(path: str) -> Ledger:
 
 
 def _bridge_roots() -> list[str]:
-    paths: Any = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
+    return _roots(FOLDER)
+
+
+def _roots(folder: str) -> list[str]:
+    paths: Any = folder_paths.folder_names_and_paths.get(folder, ([], set()))[0]
     return list(paths)
+
+
+@lru_cache(maxsize=4096)
+def _bridge_header(path: str, size: int, modified: int) -> BridgeHeader | None:
+    """The header of a bridge file, None of any other; size and time of change notice a new content."""
+    return read_header(path)
 
 
 @lru_cache(maxsize=4096)

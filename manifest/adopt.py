@@ -44,6 +44,8 @@ def adopt(
 def _candidates(folders: Iterable[Path], wanted: Wanted) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     for folder in folders:
+        if "\0" in str(folder):
+            continue  # there is none, and os.walk would not say so in words
         count = 0
         for place, inner, names in os.walk(folder):
             inner.sort()

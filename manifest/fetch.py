@@ -110,6 +110,15 @@ def find(manifest: Manifest, name: str) -> PublishedSet:
     return found
 
 
+def unknown_pickles(files: Sequence[RemoteFile], lock: Lock) -> list[RemoteFile]:
+    """Pickles whose hash nobody knows: neither the manifest nor the lock file."""
+    return [
+        file
+        for file in files
+        if file.is_pickle and not file.sha256 and getattr(lock.files.get(file.place), "key", "") != file.key
+    ]
+
+
 def given_to_converter(wanted: PublishedSet, sets: Sequence[PublishedSet], models: Path) -> list[Path]:
     """The paths that belong together for the converter, of a set and those that it needs.
 
@@ -141,25 +150,29 @@ def record_made(models: Path, name: str, written: Sequence[Path]) -> None:
     write_lock(models, read_lock(models).with_made(name, made))
 
 
-def set_problems(manifest: Manifest, name: str, models: Path) -> Iterator[Problem]:
+def set_problems(
+    manifest: Manifest, name: str, models: Path, stopped: Callable[[], bool] | None = None
+) -> Iterator[Problem]:
     """What is wrong with the files of a set. Published files may be gone when what was made of them is whole.
 
     Raises:
-        FetchError: no set of that name, or the lock file is damaged.
+        FetchError: no set of that name, or the lock file is damaged. Stopped: `stopped` said so.
     """
     wanted, lock = find(manifest, name), read_lock(models)
     made = lock.made.get(name, ())
-    whole = [check(models, WeightFile(item.path, item.bytes, item.sha256)) for item in made]
+    whole = [check(models, WeightFile(item.path, item.bytes, item.sha256), stopped) for item in made]
     yield from (problem for problem in whole if problem is not None)
     spare = bool(made) and not any(whole)
     for item in manifest.with_needs(wanted):
         for file in item.files:
-            problem = file_problem(file, lock, models)
+            problem = file_problem(file, lock, models, stopped)
             if problem is not None and not (spare and not (models / file.place).exists()):
                 yield problem
 
 
-def file_problem(file: RemoteFile, lock: Lock, models: Path) -> Problem | None:
+def file_problem(
+    file: RemoteFile, lock: Lock, models: Path, stopped: Callable[[], bool] | None = None
+) -> Problem | None:
     """What is wrong with one published file as it lies below the models folder."""
     known = lock.files.get(file.place)
     if not (models / file.place).is_file():
@@ -174,7 +187,7 @@ def file_problem(file: RemoteFile, lock: Lock, models: Path) -> Problem | None:
         )
     if file.bytes and size != file.bytes:
         return Problem(file.place, f"{size} bytes", f"{file.bytes} bytes")
-    return check(models, WeightFile(file.place, size, digest))
+    return check(models, WeightFile(file.place, size, digest), stopped)
 
 
 def _trust(record: Record, before: Record | None) -> str:
@@ -200,16 +213,13 @@ def _require_consent(sets: Sequence[PublishedSet], agreed: bool) -> None:
 
 
 def _require_trust(files: Sequence[RemoteFile], lock: Lock, trusting: bool) -> None:
-    unknown = [
-        file
-        for file in files
-        if file.is_pickle and not file.sha256 and getattr(lock.files.get(file.place), "key", "") != file.key
-    ]
+    unknown = unknown_pickles(files, lock)
     if unknown and not trusting:
         raise FetchError(
             "The hash of a pickle is not known to this version.",
             ", ".join(file.key for file in unknown),
             "a file that somebody has verified, or your word that you trust it",
-            "Compare it with its page, and say that you trust what is fetched first: --trust-first-use. "
+            "Compare it with its page, and say that you trust what is fetched first: --trust-first-use, "
+            "or the box of the node. "
             "It is opened weights-only, and its hash is kept in the lock file.",
         )

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from .errors import FetchError
 from .part import write_whole
-from .schema import DOWNLOADS
+from .schema import DOWNLOADS, is_plain
 
 NAME = "lock.json"
 FORMAT = 1
@@ -87,6 +87,9 @@ def read_lock(models: Path) -> Lock:
             name: tuple(Made(**_values(item, Made)) for item in cast("list[object]", items))
             for name, items in _names(top["made"]).items()
         }
+        for place in [*files, *(item.path for items in made.values() for item in items)]:
+            if not is_plain(place):
+                raise ValueError(f"the path {place!r:.120}")
     except (ValueError, TypeError) as error:
         raise _damaged(path, error) from error
     return Lock(files, made)

@@ -1,14 +1,15 @@
-"""Says whether the sources can be reached from here, when the user asks for it, and what to do where not."""
+"""Says whether the sources can be reached from here, when the user asks for it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from . import sources
 from .connection import Answer, Broken, Exchange, Refused, Wire
-from .download import AGENT
+from .download import AGENT, TICK_SECONDS
+from .errors import Stopped
 
 WAIT_SECONDS = 20.0
 
@@ -22,18 +23,12 @@ class Reached:
     problem: str
     seconds: float
 
-    def __str__(self) -> str:
-        if not self.problem:
-            return f"{self.source:11s} {self.url}: answers in {self.seconds:.1f} s"
-        said = f"{self.source:11s} {self.url}: NOT reached, {self.problem}"
-        return f"{said}\n{'':11s} what to do: {self._advice()}"
-
-    def _advice(self) -> str:
+    @property
+    def cause(self) -> str:
+        """What kind of problem it is: "certificate", "proxy" or "silent"; "" without one."""
         if "certificate" in self.problem:
-            return "set SSL_CERT_FILE to your network's own certificate, or use another network"
-        if "proxies" in self.problem:
-            return "set HTTPS_PROXY to an HTTP proxy"
-        return "set LANGUAGE_BRIDGE_SOURCES to the sources that answer, or HTTPS_PROXY"
+            return "certificate"
+        return "proxy" if "proxies" in self.problem else "silent" if self.problem else ""
 
 
 def places(environ: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
@@ -48,24 +43,31 @@ def reach(
     wire: Wire | None = None,
     asked: tuple[tuple[str, str], ...] | None = None,
     seconds: float = WAIT_SECONDS,
+    stopped: Callable[[], bool] | None = None,
 ) -> tuple[Reached, ...]:
     """Ask each source for its first page's head; any answer counts.
 
     Raises:
-        FetchError: a variable of the environment cannot be used.
+        FetchError: a variable of the environment cannot be used. Stopped: `stopped` said so.
     """
     allowed = wire or sources.wire(environ)
-    return tuple(_reached(allowed, source, url, seconds) for source, url in (asked or places(environ)))
+    return tuple(
+        _reached(allowed, source, url, seconds, stopped) for source, url in (asked or places(environ))
+    )
 
 
-def _reached(wire: Wire, source: str, url: str, seconds: float) -> Reached:
+def _reached(
+    wire: Wire, source: str, url: str, seconds: float, stopped: Callable[[], bool] | None
+) -> Reached:
     start = time.monotonic()
     headers = {"User-Agent": AGENT, "Accept-Encoding": "identity", "Connection": "close"}
     try:
         with Exchange(wire, f"{url}/", lambda parts: headers, method="HEAD", follow=False) as exchange:
-            answer = exchange.next(seconds)
-            if not isinstance(answer, Answer):
-                raise Broken(f"no answer for {seconds:g} seconds")
+            while not isinstance(exchange.next(TICK_SECONDS), Answer):
+                if stopped is not None and stopped():
+                    raise Stopped(f"while {source} was asked")
+                if time.monotonic() - start > seconds:
+                    raise Broken(f"no answer for {seconds:g} seconds")
     except (Refused, Broken) as error:
         return Reached(source, url, str(error), time.monotonic() - start)
     return Reached(source, url, "", time.monotonic() - start)

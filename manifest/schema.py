@@ -23,8 +23,13 @@ FOLDERS = ("checkpoints", "diffusion_models", "vae", "text_encoders", "controlne
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of files that are Python pickles inside."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+LONGEST_PATH = 400
+_DEVICES = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])"
+
+_NAME = re.compile(rf"(?!{_DEVICES}(\.|\Z))[a-z0-9]([a-z0-9._-]{{0,98}}[a-z0-9_-])?")
+_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
+_DEVICE = re.compile(rf"{_DEVICES}(\..*)?", re.IGNORECASE)
+_UNFINISHED = (".part", ".part.json", ".new")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"main|refs/pr/[1-9][0-9]{0,5}|[0-9a-f]{40}")
@@ -228,6 +233,7 @@ def _require_agreement(published: tuple[PublishedSet, ...]) -> None:
     """Needs exist and do not go in circles; one file is told once, and no two go to one place."""
     known = {item.name: item for item in published}
     told: dict[str, RemoteFile] = {}
+    places: dict[str, str] = {}
     for item in published:
         for need in item.needs:
             if need not in known or known[need].needs:
@@ -235,6 +241,11 @@ def _require_agreement(published: tuple[PublishedSet, ...]) -> None:
         for file in item.files:
             if told.setdefault(file.place, file) != file:
                 raise ManifestError(f"set {item.name!r}: files", file.place, "one file for each place")
+            # Windows and macOS take a.bin and A.bin for one file.
+            if places.setdefault(file.place.lower(), file.place) != file.place:
+                raise ManifestError(
+                    f"set {item.name!r}: files", file.place, "names that differ in more than case"
+                )
 
 
 def _entry(data: object, place: str) -> Entry:
@@ -392,10 +403,21 @@ def _whole(data: object, place: str) -> int:
     return data
 
 
+def is_plain(path: str) -> bool:
+    """Whether a path is relative and means the same file below a folder on every system.
+
+    Plain ASCII names with forward slashes: nothing that leads out, no drive, stream or device of Windows, no
+    end that Windows drops, and no name that an unfinished download has.
+    """
+    parts = path.split("/")
+    plain = all(_PART.fullmatch(part) and not _DEVICE.fullmatch(part) for part in parts)
+    return plain and len(path) <= LONGEST_PATH and not path.lower().endswith(_UNFINISHED)
+
+
 def _path(data: object, place: str) -> str:
     path = _text(data, place)
-    if not all(_PART.fullmatch(part) for part in path.split("/")):
-        raise ManifestError(place, path, "a relative path of plain names, with forward slashes")
+    if not is_plain(path):
+        raise ManifestError(place, path[:200], "a relative path of plain names, with forward slashes")
     return path
 
 

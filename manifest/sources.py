@@ -58,7 +58,7 @@ def order(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
         if word not in SOURCES:
             raise FetchError(
                 "The variable LANGUAGE_BRIDGE_SOURCES cannot be understood.",
-                repr(word)[:80],
+                _shown(word),
                 f"some of {', '.join(SOURCES)}, separated by commas",
                 "Set it again, or remove it.",
             )
@@ -101,10 +101,12 @@ def mirror(environ: Mapping[str, str] | None = None) -> str:
     values = os.environ if environ is None else environ
     endpoint = values.get("HF_ENDPOINT", "").strip().rstrip("/") or MIRROR
     parts = urlsplit(endpoint)
+    # What stands before the first colon may be a user's name.
+    scheme = f"the scheme {parts.scheme!r}" if parts.scheme in ("https", "http", "") else "another scheme"
     if parts.scheme != "https" or not _HOST.fullmatch(parts.netloc) or parts.query or parts.fragment:
         raise FetchError(
             "The variable HF_ENDPOINT cannot be used.",
-            f"an address with the scheme {parts.scheme!r:.20}, or with more than a host and a path",
+            f"an address with {scheme}, or with more than a host and a path",
             f"an https address such as {MIRROR}",
             "Set it again, or remove it.",
         )
@@ -123,11 +125,16 @@ def wire(environ: Mapping[str, str] | None = None) -> Wire:
         if not _HOST.fullmatch(host):
             raise FetchError(
                 "The variable LANGUAGE_BRIDGE_HOSTS cannot be understood.",
-                repr(host)[:80],
+                _shown(host),
                 "host names, separated by commas",
                 "Set it again, or remove it.",
             )
     return Wire({*HOSTS, *extra, urlsplit(mirror(values)).netloc})
+
+
+def _shown(word: str) -> str:
+    """A word of a variable for an error; one that could hold a password is only counted."""
+    return repr(word) if re.fullmatch(r"[\w.-]{1,40}", word) else f"an entry of {len(word)} characters"
 
 
 def token(environ: Mapping[str, str] | None = None) -> str:

@@ -32,8 +32,21 @@ def problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
                 yield problem
 
 
-def check(root: Path, file: WeightFile) -> Problem | None:
-    """What is wrong with one file, None when nothing is. Its hash is read only when its size is right."""
+def check(root: Path, file: WeightFile, stopped: Callable[[], bool] | None = None) -> Problem | None:
+    """What is wrong with one file, None when nothing is. Its hash is read only when its size is right.
+
+    Raises:
+        Stopped: `stopped` said so while the file was hashed.
+    """
+    try:
+        return _check(root, file, stopped)
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL; a ring of links, before Python 3.13
+        return Problem(
+            f"{file.path:.200}", f"{type(error).__name__}: {error!s:.200}", "a file that can be read"
+        )
+
+
+def _check(root: Path, file: WeightFile, stopped: Callable[[], bool] | None) -> Problem | None:
     path = (root / file.path).resolve()
     if not path.is_relative_to(root.resolve()):
         return Problem(file.path, "a link that leads out of the pack's folder", "a file in it")
@@ -42,7 +55,7 @@ def check(root: Path, file: WeightFile) -> Problem | None:
     size = path.stat().st_size
     if size != file.bytes:
         return Problem(file.path, f"{size} bytes", f"{file.bytes} bytes")
-    found = sha256(path)
+    found = sha256(path, stopped)
     if found != file.sha256:
         return Problem(file.path, f"SHA-256 {found}", file.sha256)
     return None

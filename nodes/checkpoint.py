@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import folder_paths
 from comfy_api.latest import io
+
+from ..host import travel
 
 FOLDER = "checkpoints"
 
@@ -37,27 +37,23 @@ class BridgeCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str) -> str:
+    def validate_inputs(cls, checkpoint: object = None) -> bool | str:
+        """Any name passes: the node itself says what is missing, and knows the slashes of other systems."""
+        known = checkpoint is None or isinstance(checkpoint, str)
+        return True if known else "the name of a checkpoint is a text"
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None) -> str:
         """A checkpoint that was replaced is read again."""
-        path = folder_paths.get_full_path(FOLDER, checkpoint)
-        if path is None:
-            return checkpoint
-        facts = Path(path).stat()
+        try:
+            facts = travel.model_path(FOLDER, checkpoint or "", "checkpoint").stat()
+        except (OSError, ValueError):
+            return checkpoint or ""
         return f"{checkpoint} {facts.st_size} {facts.st_mtime_ns}"
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         """Recognises the checkpoint and opens it."""
-        from ..bridges.errors import BridgeError
         from ..host.checkpoint import open_checkpoint
 
-        names = folder_paths.get_filename_list(FOLDER)
-        path = folder_paths.get_full_path(FOLDER, checkpoint) if checkpoint in names else None
-        if path is None:
-            raise BridgeError(
-                f"There is no checkpoint called {checkpoint!r}.",
-                f"{len(names)} checkpoints: {', '.join(names[:8]) or 'none'}",
-                "a file of the folder models/checkpoints",
-                "Put the file there, press R in the browser to refresh, and choose it again.",
-            )
-        return io.NodeOutput(*open_checkpoint(Path(path)))
+        return io.NodeOutput(*open_checkpoint(travel.model_path(FOLDER, checkpoint, "checkpoint")))

@@ -14,7 +14,7 @@ from ..conversion.containers import PICKLES, SAFETENSORS, TOKENIZER_FILES
 from ..conversion.presets import published
 from ..host import folders
 
-CATEGORIES = ("text_encoders", "checkpoints", folders.FOLDER)
+CATEGORIES = ("text_encoders", "checkpoints", "controlnet", folders.FOLDER)
 NOTHING = "none"
 BESIDE = "beside the source"
 RECOGNISE = "recognise"
@@ -236,7 +236,7 @@ def _unknown(name: str) -> BridgeError:
     return BridgeError(
         "The choice is not in the list of this node.",
         repr(name)[:120],
-        "a file or folder below models/text_encoders, models/checkpoints, models/diffusers or "
-        f"models/{folders.FOLDER}",
+        "a file or folder below models/text_encoders, models/checkpoints, models/controlnet, "
+        f"models/diffusers or models/{folders.FOLDER}",
         "Put the download there, press R in the browser to refresh, and choose it again.",
     )

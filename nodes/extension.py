@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host import folders
+from ..conversion import VERSION
+from ..host import folders, travel
 from . import finish
 from .branch import BranchSettings
 from .checkpoint import BridgeCheckpoint
 from .convert import Convert
 from .dataset import LanguageBridgeDataset, LanguageBridgeDatasetFromLists
+from .doctor import Doctor
+from .downloads import Downloads
 from .inspector import PromptInspector
 from .language_bridge import LanguageBridge
 from .lora_report import LoraReport
@@ -34,6 +37,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     ObjectiveOptions,
     Save,
     PocketDataset,
+    Downloads,
+    Doctor,
 )
 """Every node, in the order of the menu; their ids never change, because saved workflows name them."""
 
@@ -42,9 +47,12 @@ class LanguageBridgeExtension(ComfyExtension):
     """The pack as the host sees it."""
 
     async def on_load(self) -> None:
-        """Registers models/language_bridges before the first schema lists it, and the route of a button."""
+        """Registers models/language_bridges before the first schema lists it, the route of a button, and who
+        watches what is queued.
+        """
         folders.register()
         finish.register()
+        travel.watch(VERSION)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes to offer."""

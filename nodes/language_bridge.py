@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import folders
+from ..conversion import VERSION
+from ..host import folders, travel
 
 ROUTES = ["two streams", "native only", "english only"]
 
@@ -29,12 +30,19 @@ class LanguageBridge(io.ComfyNode):
                 "\u4e2d\u6587\u63d0\u793a\u8bcd",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The MODEL of an SD1.x, SD2.x or SDXL checkpoint."),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint; it is kept whole."),
+                io.Model.Input(
+                    "model", lazy=True, tooltip="The MODEL of an SD1.x, SD2.x or SDXL checkpoint."
+                ),
+                io.Clip.Input(
+                    "clip", lazy=True, tooltip="The CLIP of the same checkpoint; it is kept whole."
+                ),
                 io.Combo.Input(
                     "bridge",
                     options=folders.bridge_names(),
                     tooltip="A bridge file of the folder models/language_bridges.",
+                    extra_dict={
+                        "records": travel.records(VERSION)
+                    },  # what web/identity.js keeps in the graph
                 ),
                 io.Float.Input(
                     "strength",
@@ -54,7 +62,16 @@ class LanguageBridge(io.ComfyNode):
                 io.Clip.Input(
                     "tower",
                     optional=True,
+                    lazy=True,
                     tooltip="Only for bridges that read a text encoder of ComfyUI: the CLIP of CLIPLoader.",
+                ),
+                io.String.Input(
+                    "identity",
+                    default="",
+                    optional=True,
+                    socketless=True,
+                    tooltip="What the bridge's file name means, for other machines: written by the pack.",
+                    extra_dict={"hidden": True},
                 ),
             ],
             outputs=[
@@ -64,21 +81,43 @@ class LanguageBridge(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, bridge: str, **_: object) -> str:
-        """A bridge or tower file that was replaced is read again."""
-        try:
-            facts = [path.stat() for path in folders.files_of(bridge)]
-        except (OSError, ValueError):
-            return bridge
-        return f"{bridge} {[(fact.st_size, fact.st_mtime_ns) for fact in facts]}"
+    def validate_inputs(cls, bridge: object = None) -> bool | str:
+        """Any name passes, listed or not: on another machine the same bridge has another name (`travel`)."""
+        return True if bridge is None or isinstance(bridge, str) else "the name of a bridge file is a text"
+
+    @classmethod
+    def check_lazy_status(
+        cls, bridge: str, strength: float, route: str, identity: str = "", **sockets: object
+    ) -> list[str]:
+        """All that is connected; but first a bridge that is not here stops, before a checkpoint is loaded."""
+        if not is_off(strength, route):
+            travel.resolve(bridge, identity)
+        return [name for name, value in sockets.items() if value is None]
+
+    @classmethod
+    def fingerprint_inputs(cls, bridge: str | None, identity: str = "", **_: object) -> str:
+        """A bridge of another content, or a tower that was replaced, is read again."""
+        return travel.fingerprint(bridge, identity)
 
     @classmethod
     def execute(
-        cls, model: object, clip: object, bridge: str, strength: float, route: str, tower: object = None
+        cls,
+        model: object,
+        clip: object,
+        bridge: str,
+        strength: float,
+        route: str,
+        tower: object = None,
+        identity: str = "",
     ) -> io.NodeOutput:
         """Checks that everything belongs together, then bridges clones of MODEL and CLIP."""
-        if strength == 0.0 or route == "english only":
+        if is_off(strength, route):
             return io.NodeOutput(model, clip)
         from ..host import bridging
 
-        return io.NodeOutput(*bridging.bridge(model, clip, bridge, strength, route, tower))
+        return io.NodeOutput(*bridging.bridge(model, clip, bridge, strength, route, tower, identity))
+
+
+def is_off(strength: float, route: str) -> bool:
+    """Whether the node hands on what it got; then no bridge is needed."""
+    return strength == 0.0 or route == ROUTES[2]

@@ -8,11 +8,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent / "workflows"
+from language_bridge.conversion import VERSION
+from language_bridge.host.folders import bridge_header
+from language_bridge.host.identity import Record, record_of
+from language_bridge.manifest.schema import Manifest, parse
+from language_bridge.manifest.sources import HUB
+
+CHECKOUT = Path(__file__).parent.parent
+FOLDER = CHECKOUT / "workflows"
+SHIPPED = CHECKOUT / "pocket" / "assets" / "bridges"
 
 SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "CheckpointLoaderSimple": ([], [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")]),
     "LanguageBridgePocketCheckpoint": ([], [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")]),
+    "LanguageBridgeCheckpoint": ([], [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")]),
     "LanguageBridge": ([("model", "MODEL"), ("clip", "CLIP")], [("MODEL", "MODEL"), ("CLIP", "CLIP")]),
     "LanguageBridgeStreams": ([("clip", "CLIP")], [("CLIP", "CLIP")]),
     "LanguageBridgeInspector": ([("clip", "CLIP")], [("report", "STRING"), ("text", "STRING")]),
@@ -68,13 +77,15 @@ PLACES: dict[str, tuple[int, int, int, int]] = {
 def graph(
     checkpoint: dict[str, Any],
     bridge: str,
+    identity: str,
     text: dict[str, str],
     picture: dict[str, Any],
     streams: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One text-to-image graph in the API form, with the bridge behind the checkpoint loader.
 
-    streams: inputs of Language Bridge Streams for the positive prompt; a Prompt Inspector stands beside it.
+    identity: the record of the bridge, "" where any will do. streams: inputs of Language Bridge Streams for
+    the positive prompt; a Prompt Inspector stands beside it.
     """
     sampler = {
         "seed": 1,
@@ -91,7 +102,14 @@ def graph(
         (
             "bridge",
             "LanguageBridge",
-            {"model": ["1", 0], "clip": ["1", 1], "bridge": bridge, "strength": 1.0, "route": "two streams"},
+            {
+                "model": ["1", 0],
+                "clip": ["1", 1],
+                "bridge": bridge,
+                "strength": 1.0,
+                "route": "two streams",
+                "identity": identity,
+            },
         ),
         ("positive", "CLIPTextEncode", {"clip": ["2", 1], "text": text["positive"]}),
         ("negative", "CLIPTextEncode", {"clip": ["2", 1], "text": text["negative"]}),
@@ -124,6 +142,18 @@ def graph(
         str(number): {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
         for number, (title, kind, inputs) in enumerate(nodes, start=1)
     }
+
+
+def without_bridge(api: dict[str, Any]) -> dict[str, Any]:
+    """The same graph for a checkpoint that speaks the language itself; numbers close the gap."""
+    numbers = {old: str(new) for new, old in enumerate((one for one in api if one != "2"), start=1)} | {
+        "2": "1"
+    }
+    for node in api.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                node["inputs"][name] = [numbers[value[0]], value[1]]
+    return {numbers[old]: node for old, node in api.items() if old != "2"}
 
 
 def with_lora(api: dict[str, Any], lora: str) -> None:
@@ -164,8 +194,11 @@ def with_control(api: dict[str, Any], control: dict[str, str]) -> None:
         api[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
 
 
-def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
-    """The same graph as the page saves it: places, links and the values of widgets in their order."""
+def for_page(api: dict[str, Any], note: str, manifest: Manifest) -> dict[str, Any]:
+    """The same graph as the page saves it: places, links and the values of widgets in their order.
+
+    A node that names a published file also gets the page's own entry for missing models.
+    """
     links: list[list[Any]] = []
     nodes: list[dict[str, Any]] = []
     outgoing: dict[tuple[str, int], list[int]] = {}
@@ -205,7 +238,8 @@ def for_page(api: dict[str, Any], note: str) -> dict[str, Any]:
                     for slot, (n, t) in enumerate(outputs)
                 ],
                 "title": node["_meta"]["title"],
-                "properties": {"Node name for S&R": node["class_type"]},
+                "properties": {"Node name for S&R": node["class_type"]}
+                | ({"models": models} if (models := published(widgets, manifest)) else {}),
                 "widgets_values": widgets,
             }
         )
@@ -285,7 +319,37 @@ def training(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def published(widgets: list[Any], manifest: Manifest) -> list[dict[str, str]]:
+    """What the page needs to offer the files that a node names: address and folder, and the hash where known.
+
+    Only files that are used as they were published have an address that the page could fetch: a bridge is
+    converted first (`install.py get`).
+    """
+    found: list[dict[str, str]] = []
+    for item in manifest.published:
+        for file in item.files:
+            folder, _, name = file.to.partition("/")
+            if not name or name not in widgets:
+                continue
+            entry = {"name": name, "url": f"{HUB}/{file.repo}/resolve/{file.revision}/{file.path}"}
+            entry["directory"] = folder
+            if file.sha256:
+                entry |= {"hash": file.sha256, "hash_type": "SHA256"}
+            found.append(entry)
+    return found
+
+
+def identity_of(bridge: str, manifest: Manifest) -> str:
+    """The record of a bridge: by content where it ships, by its id where it is published, else none."""
+    if (SHIPPED / bridge).is_file():
+        path = SHIPPED / bridge
+        return record_of(bridge, bridge_header(path), path, VERSION).to_json()
+    name = bridge.removesuffix(".safetensors")
+    return Record(bridge, name, pack=VERSION).to_json() if manifest.find(name) else ""
+
+
 def main() -> None:
+    manifest = parse((CHECKOUT / "weights_manifest.json").read_text(encoding="utf-8"))
     texts: dict[str, Any] = json.loads(
         Path(__file__).with_name("workflow_texts.json").read_text(encoding="utf-8")
     )
@@ -293,17 +357,21 @@ def main() -> None:
         if "train" in entry:
             api = training(entry)
             write(FOLDER / "api" / f"{name}.json", api)
-            write(FOLDER / f"{name}.json", for_page(api, entry["note"]))
+            write(FOLDER / f"{name}.json", for_page(api, entry["note"], manifest))
             continue
+        bridge = entry.get("bridge", "")
+        identity = identity_of(bridge, manifest)
         api = graph(
-            entry["checkpoint"], entry["bridge"], entry["text"], entry["picture"], entry.get("streams")
+            entry["checkpoint"], bridge, identity, entry["text"], entry["picture"], entry.get("streams")
         )
+        if not bridge:
+            api = without_bridge(api)
         if "lora" in entry:
             with_lora(api, entry["lora"])
         if "control" in entry:
             with_control(api, entry["control"])
         write(FOLDER / "api" / f"{name}.json", api)
-        write(FOLDER / f"{name}.json", for_page(api, entry["note"]))
+        write(FOLDER / f"{name}.json", for_page(api, entry["note"], manifest))
 
 
 def write(path: Path, content: Any) -> None:

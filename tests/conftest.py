@@ -27,6 +27,7 @@ import language_bridge  # noqa: E402
 if TYPE_CHECKING:
     from language_bridge.harness.environment import Environment
     from language_bridge.harness.server import Server
+    from language_bridge.tests.fixtures.far import Far
 
 if list(language_bridge.__path__) != [str(CHECKOUT)]:
     pytest.exit(
@@ -80,4 +81,13 @@ def server(environment: Environment) -> Iterator[Server]:
     from language_bridge.harness.server import Server
 
     with Server(environment, lambda text: None) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def far(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
+    """A second server, which downloads from a hub of the tests."""
+    from language_bridge.tests.fixtures.far import far_server
+
+    with far_server(environment, tmp_path_factory.mktemp("far")) as running:
         yield running

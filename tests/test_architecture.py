@@ -28,8 +28,18 @@ ARROWS: dict[str, set[str]] = {
     "training": {"training", "bridges", "encoders", "prompt"},
     "manifest": {"manifest"},
     "pocket": {"pocket"},
-    "host": {"host", "bridges", "encoders", "prompt", "pocket", "training"},
-    "nodes": {"nodes", "host", "conversion", "training", "manifest", "bridges.errors"},
+    "host": {
+        "host",
+        "bridges",
+        "encoders",
+        "prompt",
+        "pocket",
+        "training",
+        "manifest.schema",
+        "reports.words",
+    },
+    "nodes": {"nodes", "host", "conversion", "training", "manifest", "reports", "bridges.errors"},
+    "reports": {"reports", "manifest", "conversion", "bridges", "encoders"},
 }
 """Room -> what its files may import of ours."""
 EXCEPTIONS = {("bridges/file.py", "encoders"), ("training/headless/command.py", "conversion.unet")}
@@ -41,7 +51,8 @@ LIBRARIES: dict[str, set[str]] = {
     "conversion": {"torch", "safetensors"},
     "prompt": set(),
     "training": {"torch", "safetensors", "numpy", "PIL", "bitsandbytes"},
-    "manifest": set(),
+    "manifest": {"yaml"},
+    "reports": set(),
     "pocket": {"torch", "safetensors", "numpy", "PIL"},
 }
 """Room that knows no host -> what it may import beside the standard library."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from language_bridge.harness.server import install_pack
+from language_bridge.tests.fixtures.offers import pea_p2
 
 if TYPE_CHECKING:
     from language_bridge.manifest.schema import Manifest, RemoteFile
@@ -111,7 +113,7 @@ def test_it_imports_the_standard_library_alone_until_something_is_converted(chec
     late = {
         inner
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == "_room"
+        if isinstance(node, ast.FunctionDef) and node.name in ("_room", "_reports", "_device")
         for inner in ast.walk(node)
     }
     roots = {
@@ -138,16 +140,6 @@ def convert(comfyui: Path, *arguments: str | Path) -> subprocess.CompletedProces
         text=True,
         encoding="utf-8",
     )
-
-
-def pea_p2(path: Path) -> Path:
-    """OPPOer/PEA-Diffusion's pytorch_model.bin in layout and size, random in its numbers."""
-    import torch
-
-    from language_bridge.tests.conversion.layouts import pea, random, save
-
-    shapes = pea("P2", hidden=1024, width=1024, pooled=1280, context=2048)
-    return save(path, random(shapes, dtype=torch.float16))
 
 
 def test_convert_without_torch_says_which_python_to_take(comfyui: Path) -> None:
@@ -301,7 +293,7 @@ def test_get_asks_for_the_reference_before_it_fetches(
     assert first.conversion is not None
     compared = replace(first, conversion=replace(first.conversion, reference="SD 1.4"))
     offer.manifest = replace(offer.manifest, published=(compared, second))
-    assert offer.get() == 2
+    assert offer.get() == 1
     assert "--reference" in capsys.readouterr().err and not offer.hub.log
     assert offer.get("--no-convert") == 0
 
@@ -314,11 +306,11 @@ def test_doctor_asks_the_sources_only_when_told_to(offer: Offer, capsys: pytest.
         asked = (("hub", offer.hub.url("")), ("mirror", silent.url("")), ("modelscope", "http://example.org"))
         wire = type(offer.wire)({*offer.wire.hosts, silent.host})
         script.doctor([], asked=asked, wire=wire)
-        assert not offer.hub.log and "source      hub: http://127.0.0.1" in capsys.readouterr().out
+        assert not offer.hub.log and "download source: hub http://127.0.0.1" in capsys.readouterr().out
         assert script.doctor(["--hosts"], asked=asked, wire=wire) == 1
     assert [request.method for request in offer.hub.log] == ["HEAD"]
     said = capsys.readouterr().out
-    assert "answers in" in said and said.count("NOT reached") == 2 and "list of hosts" in said
+    assert "answers in" in said and said.count("was not reached") == 2 and "list of hosts" in said
 
 
 def test_doctor_names_a_wrong_variable_and_what_was_not_finished(comfyui: Path) -> None:
@@ -329,7 +321,82 @@ def test_doctor_names_a_wrong_variable_and_what_was_not_finished(comfyui: Path) 
     place.write_bytes(b"x" * 200_000)
     done = install(comfyui, "doctor", HF_ENDPOINT="http://hf-mirror.com")
     assert "HF_ENDPOINT cannot be used" in done.stdout and done.returncode == 1
-    assert "pytorch_model.bin, 0.2 MB are there: python install.py get pea-sdxl" in done.stdout
+    assert "pytorch_model.bin is not fetched whole: 0.2 MB are there" in done.stdout
+    assert "Go on: python install.py get pea-sdxl" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("locale", "arguments", "expected"),
+    [
+        ("zh_CN.UTF-8", (), "\u4f53\u68c0\u62a5\u544a"),
+        ("zh_CN.UTF-8", ("--lang", "en"), ": the doctor"),
+        ("en_US.UTF-8", (), ": the doctor"),
+        ("C", ("--lang", "zh"), "\u4f53\u68c0\u62a5\u544a"),
+    ],
+)
+def test_doctor_speaks_the_language_of_the_system_or_the_one_asked_for(
+    comfyui: Path, locale: str, arguments: tuple[str, ...], expected: str
+) -> None:
+    done = install(comfyui, "doctor", *arguments, LC_ALL=locale, PYTHONIOENCODING="utf-8")
+    assert expected in done.stdout
+
+
+def test_a_console_without_chinese_letters_does_not_end_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    from language_bridge import install as script
+
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    script.main(["doctor", "--lang", "zh"])
+    console.flush()
+    said = console.detach().getvalue().decode("cp1252")
+    assert "\\u4f53\\u68c0" in said and "Python: " in said
+
+
+def test_doctor_looks_into_the_folders_of_extra_model_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from language_bridge import install as script
+    from language_bridge.tests.fixtures.towers import tiny_bridge, tiny_tower, write_bridge
+
+    tree, shared = tmp_path / "ComfyUI", tmp_path / "\u5171\u4eab disk"
+    (tree / "comfy").mkdir(parents=True)
+    (tree / "main.py").write_text("", encoding="utf-8")
+    (shared / "Lora").mkdir(parents=True)
+    yaml = tree / "extra_model_paths.yaml"
+    yaml.write_text(f"other:\n  base_path: {shared}\n  loras: Lora\n", encoding="utf-8")
+    tower = tiny_tower()
+    path = shared / "Lora" / "b.safetensors"
+    write_bridge(path, "sd1", tiny_bridge("linear", "sd1", tower), tower, inside=True)
+    monkeypatch.setenv("COMFYUI_PATH", str(tree))
+    assert script.doctor(["--lang", "en"]) == 1
+    assert f"{path} is a bridge" in capsys.readouterr().out
+    yaml.write_text("- odd", encoding="utf-8")
+    assert script.doctor(["--lang", "en"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("extra_model_paths.yaml cannot be understood") == 1 and "is a bridge" not in said
+    assert script.get(["pea-sdxl-xlm-roberta", "--agree"]) == 1
+    assert "Mend the file" in capsys.readouterr().err
+
+
+def test_list_says_what_is_here(
+    offer: Offer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from language_bridge import install as script
+
+    monkeypatch.setattr(script, "read_manifest", lambda: offer.manifest)
+    monkeypatch.setattr(script, "find_comfyui", lambda: offer.models.parent)
+
+    def state() -> str:
+        script.show_list()
+        return capsys.readouterr().out.splitlines()[0].split("MB")[1].split("MIT")[0].strip()
+
+    assert state() == "verified"
+    assert offer.get("--no-convert") == 0
+    capsys.readouterr()
+    assert state() == "fetched"
+    assert offer.get("--clean") == 0
+    capsys.readouterr()
+    assert state() == "here"
 
 
 def test_get_without_a_comfyui_asks_for_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ const REPORTS = new Set([
   "LanguageBridgeSave",
   "LanguageBridgeDataset",
   "LanguageBridgeDatasetFromLists",
+  "LanguageBridgeDownloads",
+  "LanguageBridgeDoctor",
 ]);
 
 function boxOf(node) {

@@ -5,31 +5,20 @@ LANGUAGE_BRIDGE_SCREENSHOT=FILE keeps the page as it looks at the end.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from language_bridge.harness.browser import Page, find_chromium
+from language_bridge.harness.browser import Page
 from language_bridge.harness.server import Server
+from language_bridge.tests.fixtures.travel import own_bridge, saved_workflow
 
 pytestmark = pytest.mark.browser
 
 NODE = "window.app.graph.nodes.find(node => node.type === '{}')"
 PICTURE = NODE.format("SaveImage") + ".imgs?.[0]"
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    chromium = find_chromium()
-    if chromium is None:
-        text = "no chromium found (Debian: apt-get install chromium)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text)
-        pytest.skip(text)
-    with Page(chromium) as opened:
-        yield opened
 
 
 def open_workflow(page: Page, server: Server) -> None:
@@ -103,3 +92,58 @@ def test_the_inspector_shows_its_report_in_the_node(page: Page, server: Server, 
     page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.evaluate("new Promise(done => setTimeout(done, 1500))")
     page.screenshot(Path(os.environ.get("LANGUAGE_BRIDGE_SCREENSHOT_REPORT") or tmp_path / "report.png"))
+
+
+def test_a_workflow_from_another_machine_shows_the_bridge_under_its_name_here(
+    page: Page, server: Server
+) -> None:
+    """The same content under another name, with Windows separators, changed; nothing is called missing."""
+    folder = server.base / "models" / "language_bridges" / "page"
+    own_bridge(folder / "here.safetensors", "page")
+    facts = server.ask("/object_info/LanguageBridge")["LanguageBridge"]["input"]["required"]["bridge"][1]
+    record = json.loads(facts["records"]["page/here.safetensors"])
+    away = saved_workflow("other/away.safetensors")
+    values = next(node["widgets_values"] for node in away["nodes"] if node["type"] == "LanguageBridge")
+    values.append(json.dumps(record | {"bridge": "other/away.safetensors"}))
+    windows = saved_workflow("page\\here.safetensors")
+    windows["extra"]["language_bridge"] = {"outer.safetensors": "as it was"}  # what travel.stamp may write
+    try:
+        open_workflow(page, server)
+        bridge = NODE.format("LanguageBridge")
+        show = f"(() => {{ const node = {bridge}; return node.widgets.map(widget => widget.value); }})()"
+        for workflow in (away, windows):
+            page.evaluate(f"window.app.loadGraphData({json.dumps(workflow)})")
+            assert page.evaluate(show)[0] == "page/here.safetensors"
+            assert json.loads(page.evaluate(show)[3]) == record
+        kept = "window.app.graphToPrompt().then(made => made.workflow.extra.language_bridge)"
+        assert page.evaluate(kept) == windows["extra"]["language_bridge"]
+        hidden = f"{bridge}.widgets.find(widget => widget.name === 'identity')"
+        assert page.evaluate(f"{hidden}.hidden") is True
+        assert not page.evaluate("document.body.innerText.includes('away.safetensors')")
+
+        own_bridge(folder / "here.safetensors", "page", seed=1)
+        page.evaluate("window.app.queuePrompt(0, 1)")
+        said = "document.body.innerText"
+        page.wait_for(f"{said}.includes('here.safetensors has another content')", "the warning")
+        assert json.loads(page.evaluate(show)[3]) == record  # still what was meant
+        page.wait_for(f"{PICTURE}?.naturalWidth", "the picture")
+        # Choosing the file again means the one that is there.
+        page.evaluate(f"(() => {{ const {{ widgets: [w] }} = {bridge}; w.callback(w.value); }})()")
+        chosen = f"{hidden}.value"
+        page.wait_for(f"{chosen} && {chosen} !== {json.dumps(json.dumps(record))}", "the new record")
+        assert json.loads(page.evaluate(chosen))["hash"] != record["hash"]
+        assert not our_trouble(page)
+
+        page.evaluate(f"window.app.loadGraphData({json.dumps(saved_workflow('gone.safetensors'))})")
+        page.wait_for(f"{said}.includes('gone.safetensors')", "the page's own list of missing models")
+    finally:
+        (folder / "here.safetensors").unlink()
+
+
+def test_a_published_file_that_is_missing_is_offered_by_the_page_itself(page: Page, server: Server) -> None:
+    page.open(server.page("altdiffusion_m9"))
+    page.wait_for("document.body.innerText.includes('Alt-Diffusion-M9.safetensors')", "the missing model")
+    button = "[...document.querySelectorAll('button')].find(one => one.innerText.includes('View details'))"
+    page.evaluate(f"{button}.click()")
+    page.wait_for("/Download/.test(document.body.innerText)", "the page's own download")
+    assert not page.exceptions  # the stock page asks its own services, which are not there

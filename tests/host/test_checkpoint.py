@@ -19,6 +19,7 @@ from torch import load as open_pickle
 import nodes
 from language_bridge.bridges.errors import BridgeError
 from language_bridge.encoders.file import save_encoder
+from language_bridge.host import travel
 from language_bridge.host.checkpoint import open_checkpoint
 from language_bridge.nodes.checkpoint import BridgeCheckpoint
 from language_bridge.tests.encoders.toys import VOCABULARY, single_tower, tokenizer_files
@@ -304,5 +305,28 @@ def test_the_node_opens_only_what_the_folder_lists(
     print1 = BridgeCheckpoint.fingerprint_inputs(checkpoint="m9.ckpt")
     assert print1 != "m9.ckpt" and BridgeCheckpoint.fingerprint_inputs(checkpoint="gone") == "gone"
     for name in ("../x.ckpt", "gone.ckpt", str(files["m9"])):
+        with pytest.raises(BridgeError, match="no checkpoint called"):
+            call(BridgeCheckpoint, checkpoint=name)
+
+
+def test_a_checkpoint_of_another_system_is_the_same_and_a_missing_one_says_where_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {**folder_paths.folder_names_and_paths, "checkpoints": ([str(tmp_path)], {".safetensors"})}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "m9.safetensors").write_bytes(b"x")
+    here = travel.model_path("checkpoints", "sub\\m9.safetensors", "checkpoint")
+    assert here == tmp_path / "sub" / "m9.safetensors"
+    assert BridgeCheckpoint.validate_inputs(checkpoint="sub\\m9.safetensors") is True
+    assert BridgeCheckpoint.validate_inputs(checkpoint=None) is True  # it comes over a link
+    assert BridgeCheckpoint.validate_inputs(checkpoint=3) is not True
+    with pytest.raises(BridgeError, match="no checkpoint called") as caught:
+        call(BridgeCheckpoint, checkpoint="Alt-Diffusion-M9.safetensors")
+    text = str(caught.value)
+    for part in ("6021 MB", "huggingface.co/webui/AltDiffusion-m9", "get altdiffusion-m9-checkpoint"):
+        assert part in text
+    for name in ("../m9.safetensors", str(here), "sub/../sub/m9.safetensors", "m9\0"):
         with pytest.raises(BridgeError, match="no checkpoint called"):
             call(BridgeCheckpoint, checkpoint=name)

@@ -27,14 +27,15 @@ from language_bridge.manifest.schema import (
     RemoteFile,
     WeightFile,
     dump,
+    is_plain,
     parse,
 )
 from language_bridge.tests.manifest.json_schema import fits
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
-names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)
-parts = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,10}", fullmatch=True)
+names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True).filter(is_plain)
+parts = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,10}", fullmatch=True).filter(is_plain)
 paths = st.lists(parts, min_size=1, max_size=3).map("/".join)
 hashes = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
 repos = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}/[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True)
@@ -97,9 +98,10 @@ def whole_manifests(draw: st.DrawFn) -> Manifest:
     seen: set[str] = set()
     chosen: list[PublishedSet] = []
     for item in offered:
-        if not {item.name, item.files[0].place} & seen:
+        own = {item.name, item.files[0].place.lower()}
+        if not own & seen:
             chosen.append(item)
-            seen |= {item.name, item.files[0].place}
+            seen |= own
     return Manifest(tuple(shipped), tuple(chosen))
 
 

@@ -96,3 +96,13 @@ def test_a_file_without_a_known_hash_comes_from_the_hub_or_from_where_the_user_s
     assert not sources.is_chosen("modelscope", {"HF_ENDPOINT": "https://my.mirror"})
     assert sources.is_chosen("mirror", {"HF_ENDPOINT": "https://my.mirror"})
     assert sources.is_chosen("modelscope", {"LANGUAGE_BRIDGE_SOURCES": "modelscope,hub"})
+
+
+@pytest.mark.parametrize("name", ["LANGUAGE_BRIDGE_HOSTS", "LANGUAGE_BRIDGE_SOURCES", "HF_ENDPOINT"])
+@pytest.mark.parametrize("value", ["reader:hidden@cdn.example", "https://reader:hidden@cdn.example/hub"])
+def test_no_error_repeats_a_password(name: str, value: str) -> None:
+    environ = {name: value}
+    with pytest.raises(FetchError, match=name) as caught:
+        sources.order(environ)
+        sources.wire(environ)
+    assert "hidden" not in str(caught.value) and "reader" not in str(caught.value)

@@ -94,6 +94,11 @@ def test_a_bridge_is_written_where_the_language_bridge_node_looks(models: Path) 
     run("text_encoders/pea.bin", overwrite=True, precision="float16")
 
 
+def test_a_download_among_controlnets_is_found_too(models: Path) -> None:
+    (models / "text_encoders" / "pea.bin").rename(models / "controlnet" / "\u6211\u7684 pea.bin")
+    assert "pea.safetensors" in run("controlnet/\u6211\u7684 pea.bin")
+
+
 def test_a_tower_is_written_where_it_is_found_by_its_bridge(models: Path) -> None:
     run("diffusers/Taiyi/")
     header = read_header(models / folders.FOLDER / "taiyi.safetensors")

@@ -34,6 +34,10 @@ LISTS = {
         "continue_from": "files of models/language_bridges",
     },
     "LanguageBridgeDataset": {"dataset": "folders and lists below input and datasets"},
+    "LanguageBridgeDownloads": {
+        "set": "published sets of the manifest",
+        "reference": "files of models/checkpoints",
+    },
 }
 """Inputs whose options are what lies in the folders of a machine, or rows of a table that grows."""
 

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from language_bridge.conversion import VERSION
 from language_bridge.harness.server import PromptError
+from language_bridge.host import folders, identity
+from language_bridge.manifest.schema import parse
+from language_bridge.manifest.sources import HUB
+from language_bridge.tests.encoders.toys import tokenizer_files
 from language_bridge.tests.fixtures.branches import TINY, random_branch, write_branch
 from language_bridge.tests.fixtures.checkpoints import (
     FAMILIES,
@@ -22,10 +28,13 @@ from language_bridge.tests.fixtures.checkpoints import (
 )
 from language_bridge.tests.fixtures.towers import TOWER, tiny_bridge, tiny_tower, write_bridge
 from language_bridge.tests.fixtures.workflows import Graph, api_graph
+from language_bridge.tests.host.test_checkpoint import TEXT, body, head, write, xlmr
 
 if TYPE_CHECKING:
     from language_bridge.harness.server import Server
 
+MANIFEST = parse((Path(__file__).parent.parent.parent / "weights_manifest.json").read_text(encoding="utf-8"))
+SHIPPED = Path(__file__).parent.parent.parent / "pocket" / "assets" / "bridges"
 WORKFLOWS = Path(__file__).parent.parent.parent / "workflows"
 SAVED, API = sorted(WORKFLOWS.glob("*.json")), sorted((WORKFLOWS / "api").glob("*.json"))
 BASES = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -62,6 +71,41 @@ def test_a_workflow_fits_the_schema_of_its_nodes(path: Path, object_info: Any) -
             continue
         types = [output["type"] for output in node["outputs"]]
         assert types == facts["output"][: len(types)]  # newer hosts add outputs behind
+
+
+@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+def test_a_workflow_says_which_bridge_it_means(path: Path) -> None:
+    """A bridge that ships by its content, a published one by its id; a placeholder means any."""
+    for node in read(path).values():
+        if node["class_type"] != "LanguageBridge":
+            continue
+        name, text = node["inputs"]["bridge"], node["inputs"]["identity"]
+        shipped, known = SHIPPED / name, MANIFEST.find(Path(name).stem)
+        record = identity.about(name, text)
+        if shipped.is_file():
+            assert record == identity.record_of(name, folders.bridge_header(shipped), shipped, VERSION)
+        elif known is not None:
+            assert record == identity.Record(name, known.name, "", VERSION)
+        else:
+            assert Path(name).stem in ("sd15-bridge", "sdxl-bridge") and text == ""
+
+
+def test_the_page_is_offered_exactly_what_it_can_fetch_and_use_as_it_is() -> None:
+    offered: set[str] = set()
+    for path in SAVED:
+        for node in read(path)["nodes"]:
+            for entry in node["properties"].get("models", ()):
+                (file,) = (
+                    file
+                    for item in MANIFEST.published
+                    for file in item.files
+                    if file.to == f"{entry['directory']}/{entry['name']}"
+                )
+                assert entry["url"] == f"{HUB}/{file.repo}/resolve/{file.revision}/{file.path}"
+                assert (entry["hash"], entry["hash_type"]) == (file.sha256, "SHA256") and file.sha256
+                assert entry["name"] in node["widgets_values"]
+                offered.add(entry["name"])
+    assert offered == {"Alt-Diffusion-M9.safetensors"}  # bridges are converted first, pocket files ship
 
 
 @pytest.mark.parametrize(
@@ -148,6 +192,21 @@ def pixels_of(picture: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture)))
 
 
+def write_altdiffusion(path: Path) -> None:
+    """A random checkpoint in the layout of AltDiffusion's single files, with its tokenizer beside it."""
+    tower = {f"{TEXT}roberta.{key}": value for key, value in xlmr().state_dict().items()}
+    state = body(FAMILIES["sd1"])
+    last = max(
+        (key for key in state if "taesd_decoder" in key and key.endswith("weight")),
+        key=lambda key: int(key.split(".")[2]),
+    )
+    state[last], state[last.replace("weight", "bias")] = (
+        state[last] * 50,
+        torch.full((3,), 0.5),
+    )  # else it fades
+    write(path, state | tower | head("transformation", 768), tokenizer_files("xlmr"))
+
+
 def add_models(graph: Graph, models: Path) -> None:
     """Puts random models where the graph looks for some; what the pack ships stays what it is."""
     for folder in ("loras", "controlnet"):
@@ -163,6 +222,11 @@ def add_models(graph: Graph, models: Path) -> None:
             bases.add(base)
             if not (models / "checkpoints" / name).exists():
                 write_checkpoint(models / "checkpoints" / name, FAMILIES[base])
+        if node["class_type"] == "LanguageBridgeCheckpoint":
+            path = models / "checkpoints" / Path(node["inputs"]["checkpoint"]).with_suffix(".ckpt").name
+            node["inputs"]["checkpoint"] = path.name
+            if not path.exists():
+                write_altdiffusion(path)
         if "lora_name" in node["inputs"]:
             write_lora(models / "loras" / node["inputs"]["lora_name"], FAMILIES["sd1"])
         if "control_net_name" in node["inputs"]:
