@@ -18,7 +18,8 @@ import pytest
 
 from language_bridge.bridges.errors import LONGEST, BridgeError
 from language_bridge.bridges.file import save_bridge
-from language_bridge.host import folders, travel
+from language_bridge.host import dataset, folders, trained, travel
+from language_bridge.host.beginning import tower_file
 from language_bridge.manifest.errors import FetchError
 from language_bridge.nodes import convert as convert_node
 from language_bridge.nodes.checkpoint import BridgeCheckpoint
@@ -134,6 +135,12 @@ def checkpoint(name: str, where: str) -> object:
     return travel.model_path("checkpoints", name, "checkpoint")
 
 
+def saved(name: str, where: str) -> object:
+    """Where a run, or a trained bridge, of this name would be written: below the first model folder."""
+    plain = trained.check_name(name.removesuffix(folders.SUFFIX), where)
+    return Path(folder_paths.get_folder_paths(folders.FOLDER)[0]) / f"{plain}{folders.SUFFIX}"
+
+
 INPUTS: dict[str, Callable[[str, str], object]] = {
     "LanguageBridge.bridge": bridged,
     "LanguageBridge.identity": recorded,
@@ -147,6 +154,11 @@ INPUTS: dict[str, Callable[[str, str], object]] = {
             *("unet", "form", "precision"),
         )
     },
+    "LanguageBridgeTrain.run": saved,
+    "LanguageBridgeTrain.tower": lambda name, where: tower_file(name)[0],
+    "LanguageBridgeTrain.continue_from": lambda name, where: folders.bridge_path(name),
+    "LanguageBridgeSave.name": saved,
+    "LanguageBridgeDataset.dataset": lambda name, where: dataset.place_of(name),
     **{f"LanguageBridgeDownloads.{where}": fetching for where in ("set", "action", "sources", "reference")},
 }
 
