@@ -215,6 +215,7 @@ def whole(folder: Path) -> Snapshot | None:
         if found != entry:
             return None
     state["facts"]["settings"].pop("keep")
+    state["facts"].pop("cpu_seconds")  # the one thing that no two runs share
     return {**held, "facts": state["facts"], "step": state["step"]}
 
 
