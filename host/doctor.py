@@ -11,6 +11,8 @@ import folder_paths
 from comfyui_version import __version__ as comfyui_version
 
 PACK = Path(__file__).resolve().parent.parent
+SHIPPED = PACK / "pocket"
+"""What comes with the pack; it is checked by its manifest."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "comfyui-frontend-package")
 
 
@@ -42,7 +44,9 @@ def roots(categories: Iterable[str]) -> dict[str, tuple[Path, ...]]:
     """The model folders of each category in the host's order, without what ships with the pack."""
     known = folder_paths.folder_names_and_paths
     found = {name: map(Path, known[name][0]) for name in categories if name in known}
-    return {name: tuple(path for path in paths if PACK not in path.parents) for name, paths in found.items()}
+    return {
+        name: tuple(path for path in paths if SHIPPED not in path.parents) for name, paths in found.items()
+    }
 
 
 def _version(name: str) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..host import dataset as data
 from ..training.languages import LANGUAGES
 
 DATASET = io.Custom("LANGUAGE_BRIDGE_DATASET")
@@ -24,6 +23,8 @@ class LanguageBridgeDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """One place and one language; the dataset and a report on it."""
+        from ..host import dataset as data
+
         return io.Schema(
             node_id="LanguageBridgeDataset",
             display_name="Language Bridge Dataset",
@@ -48,7 +49,7 @@ class LanguageBridgeDataset(io.ComfyNode):
                 io.Combo.Input("language", options=list(LANGUAGES), default=LANGUAGES[0], tooltip=_LANGUAGE),
             ],
             outputs=[
-                DATASET.Output("dataset", tooltip="For Train Bridge."),
+                DATASET.Output("dataset", tooltip="For Language Bridge Train."),
                 io.String.Output("report", tooltip="What was read, and every problem by file name."),
             ],
         )
@@ -56,11 +57,15 @@ class LanguageBridgeDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, dataset: str | None = None, language: str | None = None) -> str:
         """A dataset whose files changed is read again."""
+        from ..host import dataset as data
+
         return f"{language} {data.state_of(dataset) if dataset else ''}"
 
     @classmethod
     def execute(cls, dataset: str, language: str) -> io.NodeOutput:
         """Lists rows and problems; pictures are looked at and not loaded."""
+        from ..host import dataset as data
+
         return _shown(data.open_dataset(dataset, language))
 
 
@@ -107,7 +112,7 @@ class LanguageBridgeDatasetFromLists(io.ComfyNode):
                 ),
             ],
             outputs=[
-                DATASET.Output("dataset", tooltip="For Train Bridge."),
+                DATASET.Output("dataset", tooltip="For Language Bridge Train."),
                 io.String.Output("report", tooltip="What was read, and every problem by its number."),
             ],
         )
@@ -123,6 +128,8 @@ class LanguageBridgeDatasetFromLists(io.ComfyNode):
         conditioning: list[Any] | None = None,
     ) -> io.NodeOutput:
         """Puts the items together and checks their texts."""
+        from ..host import dataset as data
+
         made = data.collect(
             native, english or [], images or [], latents or [], conditioning or [], language[0]
         )
@@ -130,6 +137,7 @@ class LanguageBridgeDatasetFromLists(io.ComfyNode):
 
 
 def _shown(made: Any) -> io.NodeOutput:
+    from ..host import dataset as data
     from ..host.language import words
 
     report = "\n".join(data.lines(made, words()))

@@ -407,17 +407,14 @@ def _decode(data: bytes) -> str:
     return text
 
 
-_ALPHABETS = [
-    re.compile(f"[{letters}]+")
-    for letters in (
-        "\u00c0-\u024f",
-        "\u0384-\u03ce",
-        "\u0400-\u045f\u0490\u0491",
-        "\u0531-\u0587",
-        "\u05d0-\u05f4",
-        "\u0600-\u06ff",
-    )
-]
+_ALPHABETS = (
+    "\u00c0-\u024f",
+    "\u0384-\u03ce",
+    "\u0400-\u045f\u0490\u0491",
+    "\u0531-\u0587",
+    "\u05d0-\u05f4",
+    "\u0600-\u06ff",
+)
 """Latin beyond ASCII, Greek, Cyrillic, Armenian, Hebrew, Arabic: what UTF-8 writes in two bytes."""
 _OLDER = ("gb2312", "big5", "euc_kr", "euc_jp")
 
@@ -432,7 +429,7 @@ def _mistaken(data: bytes, text: str) -> str | None:
     letters = "".join(character for character in beyond if character > "\xbf" and character not in "\xd7\xf7")
     if not letters or max(beyond) > "\u07ff":
         return None
-    alphabet = next((n for n, each in enumerate(_ALPHABETS) if each.fullmatch(letters)), None)
+    alphabet = next((n for n, each in enumerate(_ALPHABETS) if re.fullmatch(f"[{each}]+", letters)), None)
     if alphabet is not None and (alphabet or re.search("[A-Za-z]", text)):
         return None
     for name in _OLDER:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 from ..bridges.errors import BridgeError
@@ -68,8 +69,10 @@ NAMES: Mapping[str, str] = MappingProxyType(
 )
 """Other names of languages that columns of a table carry."""
 
-_PATTERNS = {code: re.compile(f"[{letters}]") for code, letters in _LETTERS.items()}
-_LATIN = _PATTERNS["fr"]
+
+@cache  # most are never asked for, and all together take as long as the rest of the module
+def _letter_of(language: str) -> re.Pattern[str]:
+    return re.compile(f"[{_LETTERS[language]}]")
 
 
 def require_language(language: str) -> None:
@@ -90,8 +93,8 @@ def speaks(text: str, language: str) -> bool:
     finds columns that were mixed up and broken encodings, not spelling.
     """
     if language == ANY:
-        return _LATIN.search(text) is not None or any(map(str.isalpha, text))
-    return _PATTERNS[language].search(text) is not None
+        return _letter_of("fr").search(text) is not None or any(map(str.isalpha, text))
+    return _letter_of(language).search(text) is not None
 
 
 def stands_out(text: str, language: str) -> bool:
@@ -106,4 +109,4 @@ def is_latin(language: str) -> bool:
 
 def has_latin(text: str) -> bool:
     """Whether a text has a Latin letter, as every English one does."""
-    return _LATIN.search(text) is not None
+    return _letter_of("fr").search(text) is not None

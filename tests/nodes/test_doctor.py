@@ -30,7 +30,8 @@ def test_it_looks_at_every_model_folder_of_the_host_and_not_at_what_ships(
     roots = facts.roots(doctor.CATEGORIES)
     assert set(roots) == set(doctor.CATEGORIES)
     assert roots["loras"] == (*map(Path, paths), tmp_path)
-    assert all(facts.PACK not in path.parents for found in roots.values() for path in found)
+    assert folders.FOLDER in roots
+    assert all(facts.SHIPPED not in path.parents for found in roots.values() for path in found)
 
 
 def test_devices_and_number_formats_are_the_hosts_own() -> None:

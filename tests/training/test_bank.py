@@ -257,7 +257,8 @@ def test_killed_at_any_point_of_putting_nothing_half_written_is_seen(tmp_path: P
         counts.append(kept)
         with opened(folder) as bank:
             rest = [number for number in range(64) if key(number) in bank.missing(keys(range(64)))]
-            bank.put(keys(rest), records(rest))
+            if rest:
+                bank.put(keys(rest), records(rest))
         assert whole(folder) == 64
     assert len(set(counts)) > 3, counts
 
