@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.checks import OlderTests, run_checks, run_pytest
+from harness.checks import HOST_TESTS, Beside, run_checks, run_pytest
 from harness.demo import Options, run_demo
 from harness.environment import CHECKOUT, BootstrapError, Progress, prepare
 from harness.server import PromptError
@@ -85,15 +85,15 @@ def test(options: argparse.Namespace, say: Progress) -> int:
     if options.host or options.arguments:
         return run_pytest(environment, options.arguments, older=options.host == "older")
     failed = run_checks(environment, say)
-    say("every test on the newest ComfyUI, and beside them those of the host and the nodes on the older one")
-    older = OlderTests(environment)
+    say("tests on the newest ComfyUI; beside them those of the host, and on the older one host and nodes")
+    beside = Beside(environment)
     try:
-        code = run_pytest(environment, [], failed=failed)
-        say("the host and the nodes on the older ComfyUI said")
-        if older.result():
-            failed.append("tests on the older ComfyUI")
+        code = run_pytest(environment, ["tests", f"--ignore={HOST_TESTS}"], failed=failed)
+        say("host and nodes on the older ComfyUI, then the host on the newest, said")
+        if beside.result():
+            failed.append("tests of the host, or on the older ComfyUI")
     finally:
-        older.stop()
+        beside.stop()
     for name in failed:
         say(f"FAILED: {name}")
     return code or int(bool(failed))

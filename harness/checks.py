@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .environment import CHECKOUT, BootstrapError, Environment
 from .scan import findings
 
-OLDER_TESTS = ("tests/host", "tests/nodes")
+HOST_TESTS = "tests/host"
+OLDER_TESTS = (HOST_TESTS, "tests/nodes")
 
 
 def run_checks(environment: Environment, say: Callable[[str], None]) -> list[str]:
@@ -52,31 +54,45 @@ def run_pytest(
     return subprocess.call(command, cwd=CHECKOUT, env=variables)
 
 
-class OlderTests:
-    """The tests of the host and the nodes on the older ComfyUI, run beside what else is done meanwhile.
+class Beside:
+    """The tests that run beside the others: those of the host on both releases, of the nodes on the older.
 
-    They are one process of one thread, and so are the others: on two cores both take as long as one.
+    They are one process of one thread after the other, and so are the others: on two cores both lanes go on
+    at full speed, and each takes about as long.
     """
 
     def __init__(self, environment: Environment) -> None:
-        command, variables = _pytest(environment, [], older=True)
+        self._passes = [_pytest(environment, [], older=True), _pytest(environment, [HOST_TESTS], older=False)]
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (until it ends)
-        self._process = subprocess.Popen(
-            command, cwd=CHECKOUT, env=variables, stdout=self._said, stderr=subprocess.STDOUT
-        )
+        self._codes: list[int] = []
+        self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def result(self) -> int:
-        """Wait for the end, print what was said, return the exit code."""
-        code = self._process.wait()
+        """Wait for the end, print what was said, return the first exit code that is not 0."""
+        self._thread.join()
         self._said.seek(0)
         shutil.copyfileobj(self._said, sys.stdout)
         sys.stdout.flush()
         self._said.close()
-        return code
+        return next((code for code in self._codes if code), int(len(self._codes) < len(self._passes)))
 
     def stop(self) -> None:
         """End them now, if they still run."""
-        self._process.terminate()
+        self._stopped = True
+        if self._process is not None:
+            self._process.terminate()
+
+    def _run(self) -> None:
+        for command, variables in self._passes:
+            if self._stopped:
+                return
+            self._process = subprocess.Popen(
+                command, cwd=CHECKOUT, env=variables, stdout=self._said, stderr=subprocess.STDOUT, text=True
+            )
+            self._codes.append(self._process.wait())
 
 
 def _pytest(
