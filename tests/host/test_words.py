@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from language_bridge.bridges.errors import BridgeError
 from language_bridge.bridges.file import BridgeHeader, EncoderRef
-from language_bridge.host.bridging import _template
+from language_bridge.host.bridging import template_of
 from language_bridge.host.words import Framed, ask, cut, number_words, windows
 from language_bridge.prompt import word_spans
 from language_bridge.tests.encoders.toys import TOYS
@@ -147,11 +147,11 @@ def header(kind: str, spec: dict[str, object], **training: object) -> BridgeHead
 
 def test_a_method_that_counts_on_a_template_is_not_used_without_it() -> None:
     sizes: dict[str, object] = {"hidden": 64, "context": 2048, "pooled": 1280, "heads": 16}
-    assert _template(header("rouwei", sizes), "x") == ("", "")
+    assert template_of(header("rouwei", sizes), "x") == ("", "")
     with pytest.raises(BridgeError, match="template"):
-        _template(header("rouwei", sizes | {"skip": 27}), "x")
+        template_of(header("rouwei", sizes | {"skip": 27}), "x")
     given = header("rouwei", sizes | {"skip": 27}, template={"before": "one", "after": "two"})
-    assert _template(given, "x") == ("one", "two")
-    assert _template(header("mulan", {"hidden": 64, "context": 768}), "x") == ("summarize:", "")
+    assert template_of(given, "x") == ("one", "two")
+    assert template_of(header("mulan", {"hidden": 64, "context": 768}), "x") == ("summarize:", "")
     plain = header("mulan", {"hidden": 64, "context": 768}, template={"before": "", "after": ""})
-    assert _template(plain, "x") == ("", "")
+    assert template_of(plain, "x") == ("", "")
