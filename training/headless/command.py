@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from ...bridges.base import Bridge
     from ...encoders.base import Encoder
-    from ..methods import Method
+    from ..backbone import Backbone
+    from ..methods import Method, Student
     from ..published import Rules
     from ..settings import Settings
     from ..trainer import Report, Trainer
@@ -99,6 +100,7 @@ class Work:
             )
         self.digest = header.digest
         self.tower: Encoder = load_encoder(options.tower, device=self.device).eval().requires_grad_(False)
+        self.started: Mapping[str, Tensor] = {}
         self.bridge: Bridge = self._bridge().to(self.device).train()
         self.told = published(self.model.base)
 
@@ -193,28 +195,58 @@ class Work:
 
         from ...bridges.base import create, kind_class
         from ...bridges.errors import BridgeError
-        from ...bridges.file import load_bridge
+        from ...bridges.file import BRANCH, load_bridge
 
-        options, model = self.options, self.model
+        options, model, tower = self.options, self.model, self.tower
         if options.start is not None:
             loaded = load_bridge(options.start)
-            if (loaded.header.base, loaded.bridge.spec.hidden) != (model.base, self.tower.width):
+            if (loaded.header.base, loaded.bridge.spec.hidden) != (model.base, tower.width):
                 raise BridgeError(
                     "The bridge to go on from does not fit.",
                     f"base {loaded.header.base!r}, tower width {loaded.bridge.spec.hidden}",
-                    f"base {model.base!r}, tower width {self.tower.width}",
+                    f"base {model.base!r}, tower width {tower.width}",
                     "Choose a bridge for this model and this tower.",
                 )
+            self._require_kind(loaded.header.kind)
+            if loaded.header.kind == BRANCH:
+                self.started = loaded.unet
             return loaded.bridge
-        spec: dict[str, object] = {"hidden": self.tower.width, "context": model.context}
-        if kind_class(options.kind).pools:
+        kind = str(options.kind or (BRANCH if options.method == BRANCH else "mlp"))
+        self._require_kind(kind)
+        spec: dict[str, object] = {"hidden": tower.width, "context": model.context}
+        if kind_class(kind).pools:
             spec["pooled"] = model.pooled
-        fields = {each.name for each in dataclasses.fields(kind_class(options.kind).Spec)}
+        if kind == BRANCH:
+            spec["context"] = tower.width
+            if model.pooled and tower.pooled_width != model.pooled:
+                spec["tower_pooled"] = tower.pooled_width
+        fields = {each.name for each in dataclasses.fields(kind_class(kind).Spec)}
         if "width" in fields:
-            spec["width"] = self.tower.width
-        bridge = create(options.kind, spec | dict(options.size))
+            spec["width"] = tower.width
+        bridge = create(kind, spec | dict(options.size))
         bridge.reset_parameters(torch.Generator().manual_seed(options.seed))
         return bridge
+
+    def _require_kind(self, kind: str) -> None:
+        """BridgeError unless the method trains bridges of this kind, and the tower gives what they read."""
+        from ...bridges.errors import BridgeError
+        from ...bridges.file import BRANCH
+
+        method = self.options.method
+        if (kind == BRANCH) != (method == BRANCH):
+            raise BridgeError(
+                "This method does not train a bridge of this kind.",
+                f"--method {method} and a bridge of kind {kind!r}",
+                f"--method {BRANCH} with a bridge of kind {BRANCH!r}, or both of them another",
+                "Change --method, --kind or --start.",
+            )
+        if kind == BRANCH and self.model.pooled and not self.tower.pooled_width:
+            raise BridgeError(
+                "A branch beside SDXL reads a pooled vector that the text tower does not give.",
+                f"the tower {self.tower.identity!r} without one",
+                "a tower with a pooled vector",
+                "Choose another tower, a model of SD1.x, or another --method.",
+            )
 
     def _settings(self) -> Settings:
         from ..settings import Settings
@@ -296,7 +328,15 @@ class Work:
         )
 
     def _method(self) -> Method:
-        from ..methods import AlignMethod, IapMethod, KvMethod, PeaMethod, ResampleMethod, Student
+        from ..methods import (
+            AlignMethod,
+            BranchMethod,
+            IapMethod,
+            KvMethod,
+            PeaMethod,
+            ResampleMethod,
+            Student,
+        )
 
         options, backbone = self.options, self.model.backbone
         student = Student(
@@ -314,7 +354,25 @@ class Work:
             return IapMethod(student, backbone)
         if options.method == "resample":
             return ResampleMethod(student, backbone)
+        if options.method == BranchMethod.name:
+            return BranchMethod(student, self._beside(student, backbone))
         return KvMethod(student, backbone)
+
+    def _beside(self, student: Student, backbone: Backbone) -> Backbone:
+        """The U-Net over the empty English prompt with a branch beside it, which learns."""
+        from ..chance import generator
+        from .branch import beside, branch_copy, go_on, learning
+
+        net = branch_copy(
+            backbone.unet,
+            self.bridge.spec.context,
+            generator=generator(self.options.seed, "branch"),
+            checkpointing=self.options.checkpointing,
+        )
+        if self.started:
+            go_on(net, self.started)
+        student.unet = learning(net)
+        return beside(backbone, net, *self.model.english([""]))
 
     def _unet_part(self) -> dict[str, nn.Parameter] | None:
         """The weights of the U-Net that learn, under LDM's names, as a bridge file has them."""
@@ -388,7 +446,7 @@ class Work:
             ),
             languages=(options.language,),
             unet=options.method if part else "none",
-            training=record | ({"unet": "replace"} if part else {}),
+            training=record | ({"unet": "replace"} if part and not self.bridge.beside else {}),
             licence=options.licence,
             source="training at scale",
             name=self.name,

@@ -216,18 +216,33 @@ def backbone_of(unet: nn.Module, scheduler: Any) -> Backbone:
     _, pooled = widths(dict(network.config))
     if pooled:
         network.add_time_proj = nn.Identity()
-    dtype = next(unet.parameters()).dtype
 
     def denoise(noisy: Tensor, timestep: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
-        given: dict[str, Any] = {}
-        if y is not None:
-            given["added_cond_kwargs"] = {"text_embeds": y[:, :pooled].to(dtype), "time_ids": y[:, pooled:]}
-        answer = network(
-            noisy.to(dtype), timestep, encoder_hidden_states=context.to(dtype), return_dict=False, **given
-        )
-        return cast(Tensor, answer[0])
+        return ask(unet, noisy, timestep, context, y, pooled)[0]
 
     return Backbone(unet, abar, _PREDICTIONS[kind], denoise)
+
+
+def ask(
+    network: nn.Module,
+    noisy: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    y: Tensor | None,
+    pooled: int,
+    **given: Any,
+) -> Any:
+    """What a diffusers U-Net, or a ControlNet, says as a tuple, computed in the dtype of its weights.
+
+    y: SDXL's pooled vector, `pooled` wide, and the embedding of the sizes behind it; given: what the network
+    reads beside.
+    """
+    dtype = next(network.parameters()).dtype
+    if y is not None:
+        given["added_cond_kwargs"] = {"text_embeds": y[:, :pooled].to(dtype), "time_ids": y[:, pooled:]}
+    return cast(Any, network)(
+        noisy.to(dtype), timestep, encoder_hidden_states=context.to(dtype), return_dict=False, **given
+    )
 
 
 def _base(context: int, pooled: int) -> str:

@@ -20,7 +20,7 @@ Train a bridge with diffusers U-Nets over WebDataset shards, on one GPU, several
 Needs the packages diffusers and accelerate beside torch and transformers. What stands in a shard, and what
 the options mean: docs/training-at-scale.md. The same command goes on where a run was left.
 """
-METHODS = ("pea", "iap", "align", "kv", "attn2", "resample")
+METHODS = ("pea", "iap", "align", "kv", "attn2", "branch", "resample")
 SHAPES = (
     (448, 896),
     (448, 832),
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--start", type=Path, metavar="FILE", help="bridge to go on from; without it, a new one"
     )
-    what.add_argument("--kind", default="mlp", help="kind of a new bridge (mlp)")
+    what.add_argument("--kind", help="kind of a new bridge (mlp; branch for --method branch)")
     what.add_argument(
         "--size", action="append", default=[], type=_setting, metavar="NAME=N", help="a size of a new bridge"
     )

@@ -163,6 +163,7 @@ METHODS = {
     "align": ("--kind", "linear"),
     "kv": (),
     "attn2": (),
+    "branch": (),
     "resample": (),
 }
 
@@ -184,7 +185,7 @@ def test_every_method_trains_and_writes_what_the_node_reads(small: Path, tmp_pat
         str(small / "shards"),
     ]
     made = arguments(small, tmp_path, *given, "--validate-every", "2", "--name", "mine")
-    if "linear" in given:
+    if "linear" in given or method == "branch":
         made = [each for each in made if each not in ("--size", "width=16")]
     assert main(made) == 0
     loaded = load_bridge(tmp_path / "b.safetensors")
@@ -195,12 +196,16 @@ def test_every_method_trains_and_writes_what_the_node_reads(small: Path, tmp_pat
     assert header.encoder.identity == ("mine-tower" if learns else tower.identity)
     assert (loaded.encoder is not None) == learns
     assert learns or header.encoder.digest == tower.digest
-    assert bool(loaded.unet) == (method in ("kv", "attn2")) == (header.unet != "none")
-    assert all(name.startswith(("input_blocks.", "middle_block.", "output_blocks.")) for name in loaded.unet)
+    assert bool(loaded.unet) == (method in ("kv", "attn2", "branch")) == (header.unet != "none")
+    places = ("input_blocks.", "middle_block.", "output_blocks.")
+    if method == "branch":
+        places = ("input_blocks.", "middle_block.", "time_embed.", "zero_convs.", "middle_block_out.")
+    assert all(name.startswith(places) for name in loaded.unet)
     saved = checkpoint.latest(tmp_path / "run")
     assert saved is not None
     prefixes = {name.split(".")[0] for name in saved.tensors["weights"]}
-    assert prefixes == ({"encoder"} if learns else {"bridge", "unet"} if loaded.unet else {"bridge"})
+    expected = {"encoder"} if learns else {"bridge", "unet"} if loaded.unet else {"bridge"}
+    assert prefixes == expected - ({"bridge"} if method == "branch" else set())
     assert len(saved.tensors["curves"]["held_out"]) == 1
 
 
