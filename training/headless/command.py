@@ -101,6 +101,7 @@ class Work:
         self.digest = header.digest
         self.tower: Encoder = load_encoder(options.tower, device=self.device).eval().requires_grad_(False)
         self.started: Mapping[str, Tensor] = {}
+        self.added = False  # whether these are differences from the U-Net's own
         self.bridge: Bridge = self._bridge().to(self.device).train()
         self.told = published(self.model.base)
 
@@ -208,8 +209,15 @@ class Work:
                     "Choose a bridge for this model and this tower.",
                 )
             self._require_kind(loaded.header.kind)
-            if loaded.header.kind == BRANCH:
-                self.started = loaded.unet
+            if loaded.header.unet not in ("none", options.method):
+                raise BridgeError(
+                    "This method cannot go on with the bridge's part of the U-Net.",
+                    f"--method {options.method} and a bridge with the part {loaded.header.unet!r}",
+                    f"--method {loaded.header.unet}, which goes on with it",
+                    "Change --method, or go on from a bridge without a part of the U-Net.",
+                )
+            self.started = loaded.unet
+            self.added = loaded.header.training.get("unet") == "delta"
             return loaded.bridge
         kind = str(options.kind or (BRANCH if options.method == BRANCH else "mlp"))
         self._require_kind(kind)
@@ -393,6 +401,9 @@ class Work:
                     "Train a bridge without a part of the U-Net.",
                 )
             part[ours] = each
+            if ours in self.started:
+                given = self.started[ours].to(each)
+                each.data = each.data + given if self.added else given
         return part
 
     def _facts(self, stream: Stream, rules: Rules) -> dict[str, object]:

@@ -234,6 +234,28 @@ def test_a_bridge_goes_on_from_a_file(small: Path, tmp_path: Path) -> None:
     assert apart(weights(other / "b.safetensors"), made) < 1e-6
 
 
+def test_a_part_of_the_unet_goes_on_from_a_file_or_is_refused(
+    small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was learnt in the U-Net stays learnt: a step that moves nothing writes it back as it was."""
+    learnt = ("--batch", "4", "--method", "kv")
+    assert main(arguments(small, tmp_path, *learnt, "--steps", "2")) == 0
+    first = load_bridge(tmp_path / "b.safetensors").unet
+    start = ("--start", str(tmp_path / "b.safetensors"), "--learning-rate", "1e-12", "--steps", "1")
+    again = tmp_path / "again"
+    again.mkdir()
+    assert main(arguments(small, again, *learnt, *start)) == 0
+    second = load_bridge(again / "b.safetensors").unet
+    own = {name: value.float() for name, value in first.items()}
+    assert own.keys() == second.keys() and own
+    for name, value in own.items():
+        torch.testing.assert_close(second[name].float(), value, rtol=0, atol=1e-6)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert main(arguments(small, other, "--batch", "4", "--method", "pea", *start)) != 0
+    assert "part of the U-Net" in caplog.text
+
+
 def test_a_run_goes_on_only_with_the_same_data_and_rules(
     small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
