@@ -235,7 +235,7 @@ function refusal(told) {
 let panel = null;
 
 app.registerExtension({
-  name: "LanguageBridge.Downloads",
+  name: "languagebridge.downloads",
   settings: [
     {
       id: SETS,

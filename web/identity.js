@@ -67,7 +67,7 @@ function everyNode() {
 }
 
 app.registerExtension({
-  name: "LanguageBridge.Identity",
+  name: "languagebridge.identity",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
       for (const node of everyNode()) {

@@ -34,7 +34,7 @@ function boxOf(node) {
 }
 
 app.registerExtension({
-  name: "LanguageBridge.Report",
+  name: "languagebridge.report",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!REPORTS.has(nodeData.name)) return;
     const executed = nodeType.prototype.onExecuted;

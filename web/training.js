@@ -32,7 +32,7 @@ async function finish(node) {
 }
 
 app.registerExtension({
-  name: "LanguageBridge.Training",
+  name: "languagebridge.training",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== NODE) return;
     const created = nodeType.prototype.onNodeCreated;
