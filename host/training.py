@@ -12,14 +12,14 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import comfy.model_management as management
 import torch
 from PIL import Image
-from torch import Tensor, autocast
+from torch import Tensor
 
 from ..bridges.base import BridgeSpec
 from ..bridges.errors import BridgeError
@@ -41,7 +41,7 @@ from ..training.methods import (
 )
 from ..training.objectives import IapSettings
 from ..training.order import Order
-from ..training.trainer import Report, Trainer
+from ..training.trainer import DTYPES, Report, Trainer, computing
 from . import backbone as backbones
 from . import material, painting, preview
 from .backbone import branch_copy, frozen_copy, patched_weights
@@ -438,9 +438,7 @@ class _Job:
         """On a CPU the copy stays in float32, where autocast chooses what is worth computing in less."""
         if management.is_device_cpu(self.device):
             return torch.float32
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-            self.choice.settings.precision, torch.float32
-        )
+        return DTYPES.get(self.choice.settings.precision, torch.float32)
 
     def _put(self, unet: torch.nn.Module) -> None:
         """Puts the U-Net part that is there into the copy, where it stays or learns on."""
@@ -469,10 +467,9 @@ class _Job:
         trainer, method, source, settings = self.trainer, self.method, self.source, self.choice.settings
         numbers = trainer.order.at(trainer.step)[:1]
         draw = trainer.chance.at(trainer.step, numbers, source.shape(numbers[0])).to(self.device)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
 
         def example() -> Tensor:
-            with autocast(self.device.type, dtype) if dtype else nullcontext():
+            with computing(settings, self.device):
                 batch = source.batch(draw)
                 taught = method.teach(batch, draw, trainer.empty) if method.teaches else ()
                 return method.loss(batch, trainer.empty, draw, taught).total
@@ -540,8 +537,7 @@ class _Job:
         group = max(self.source.groups, key=len)
         shape = self.source.shape(group[0]) or self._square()
         width, height = shape[2] * material.PIXELS, shape[1] * material.PIXELS
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
-        with autocast(self.device.type, dtype) if dtype else nullcontext():
+        with computing(settings, self.device):
             latents = painting.paint(
                 self.method.student,
                 self._backbone,

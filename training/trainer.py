@@ -33,7 +33,8 @@ MOST_ODD = 20
 """How many steps in a row may be left out because their gradients are not finite."""
 HELD_OUT_BATCHES = 8
 _FIRST_SCALE, _GROWTH = 2.0**14, 1000
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a precision computes in; fp32 is everything as it is."""
 
 
 @dataclass(frozen=True)
@@ -357,8 +358,7 @@ class Trainer:
 
     def _loss(self, draw: Draw) -> Loss:
         batch = self.source.batch(draw)
-        dtype = _DTYPES.get(self.settings.precision)
-        with autocast(self.device.type, dtype, enabled=dtype is not None):
+        with computing(self.settings, self.device):
             taught = () if self._teaching is None else self._teaching.of(batch, draw)
             return self.method.loss(batch, self.empty, draw, taught)
 
@@ -439,6 +439,12 @@ class Trainer:
             f"as before: {then}",
             "Set them as they were, or give this training another name.",
         )
+
+
+def computing(settings: Settings, device: torch.device) -> autocast:
+    """While inside, the networks compute in the precision of the settings."""
+    dtype = DTYPES.get(settings.precision)
+    return autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

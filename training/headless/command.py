@@ -73,12 +73,12 @@ class Work:
 
         from ...bridges.errors import BridgeError
         from ...encoders.file import load_encoder, read_encoder_header
+        from ..trainer import DTYPES
         from .models import open_model
 
         self.options, self.processes = options, processes
         self.device = processes.device
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        self.dtype = dtypes[options.precision]
+        self.dtype = DTYPES.get(options.precision, torch.float32)
         self.name = str(options.name or options.out.stem)[:LARGEST_STEM]
         method = str(options.method)
         self.model: Model = open_model(
